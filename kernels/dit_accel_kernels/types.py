@@ -1,0 +1,88 @@
+"""The data that kernels and planner exchange.
+
+*Natural order* is the order in which the model hands over its tokens; *block order* is the order after a
+:class:`TokenOrder`. Blocks are consecutive runs of ``block_q`` or ``block_k`` tokens of the block order; the last one may
+be ragged. ``Qb = ceil(Sq / block_q)`` and ``Kb = ceil(Sk / block_k)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["BlockLists", "Pooled", "TokenOrder", "TokenWindows"]
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Key blocks that each query block visits, as compressed rows.
+
+    The batch and head dimensions may have size 1; they are then shared by all batch elements or heads.
+
+    Attributes:
+        row_start: int32 ``[B|1, H|1, Qb]``, offset of the first entry of the row in ``indices``.
+        full: int32 ``[B|1, H|1, Qb]``, number of blocks that are computed whole.
+        partial: int32 ``[B|1, H|1, Qb]`` or ``None``, number of further blocks in which token windows apply.
+        indices: int32 ``[capacity]``; each row holds its ``full`` sorted block ids, then its ``partial`` sorted ones.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+    """
+
+    row_start: Tensor
+    full: Tensor
+    partial: Tensor | None
+    indices: Tensor
+    block_q: int
+    block_k: int
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """A token permutation per head, chosen from a small table.
+
+    Position ``i`` of head ``h`` in block order holds token ``table[head[h], i]`` of natural order.
+
+    Attributes:
+        table: int32 ``[N, S]``, each row a permutation of ``range(S)``.
+        head: int32 ``[H]``, the row of ``table`` that each head uses.
+    """
+
+    table: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The remainder: each block whose bit is 0 enters the online softmax as one key.
+
+    Attributes:
+        k: ``[B, H, Kb, D]`` mean key of each block.
+        v: ``[B, H, Kb, D]`` mean value of each block.
+        bias: float32 ``[B|1, H|1, Kb]``, log of the number of valid keys in the block; ``-inf`` where there is none.
+        bits: int32 ``[B|1, H|1, Qb, ceil(Kb / 32)]``; bit ``j % 32`` of word ``j // 32`` says that block ``j`` is exact
+            for that row and must not be pooled.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    bits: Tensor
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Token-level intervals, consulted only in ``partial`` blocks, all in block order.
+
+    A key is visible to a query iff ``q_lo[a, i] <= k_code[a, j] < q_hi[a, i]`` on each of the three axes ``a``, or if
+    ``k_code[0, j] < 0`` (text and other tokens that everybody sees).
+
+    Attributes:
+        q_lo: int32 ``[3, Sq]``.
+        q_hi: int32 ``[3, Sq]``.
+        k_code: int32 ``[3, Sk]``.
+    """
+
+    q_lo: Tensor
+    q_hi: Tensor
+    k_code: Tensor
