@@ -1,0 +1,46 @@
+"""Attention kernels for diffusion transformers: sparse, dense with its normaliser, and what a planner needs to know.
+
+Importing this package imports no triton; kernels are loaded when a tensor on a GPU first needs them.
+"""
+
+from __future__ import annotations
+
+from .block_mass import attention_lse, block_mass
+from .dense import dense_attention, dense_kernel, lse_merge
+from .permute import PermutedPool, invert_order, permute_and_pool, permute_tokens, unpermute_tokens
+from .stats import BlockStats, block_stats
+from .types import BlockLists, Pooled, TokenOrder, TokenWindows
+
+try:  # written beside this file; plain imports once they are there
+    from .backends import choose_backend, self_test, why_not  # type: ignore[import-not-found,unused-ignore]
+    from .block_sparse import block_sparse_attention
+    from .lists import levels_from_lists, lists_from_levels, pack_bits, unpack_bits
+except ImportError:
+    pass
+
+__all__ = [
+    "BlockLists",
+    "BlockStats",
+    "PermutedPool",
+    "Pooled",
+    "TokenOrder",
+    "TokenWindows",
+    "attention_lse",
+    "block_mass",
+    "block_sparse_attention",
+    "block_stats",
+    "choose_backend",
+    "dense_attention",
+    "dense_kernel",
+    "invert_order",
+    "levels_from_lists",
+    "lists_from_levels",
+    "lse_merge",
+    "pack_bits",
+    "permute_and_pool",
+    "permute_tokens",
+    "self_test",
+    "unpack_bits",
+    "unpermute_tokens",
+    "why_not",
+]

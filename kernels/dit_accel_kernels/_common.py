@@ -1,0 +1,63 @@
+"""Checks and choices that all small operators share. Imports no triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+from torch import Tensor
+
+__all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "resolve_backend", "triton_reason"]
+
+MAX_HEAD_DIM = 256
+
+
+def blocks(tokens: int, block: int) -> int:
+    """Number of blocks of ``block`` tokens that cover ``tokens``, the last one possibly ragged."""
+    return (tokens + block - 1) // block
+
+
+def check_bhsd(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is ``[B, H, S, D]`` with a contiguous last dimension."""
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [B, H, S, D], got shape {tuple(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} must have a contiguous last dimension, got strides {x.stride()}")
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_reason(x: Tensor) -> str | None:
+    """Why the Triton kernels of this package cannot take ``x``, or ``None`` if they can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"expected a CUDA or ROCm tensor, got one on {x.device}"
+    if x.dim() == 4 and (x.shape[-1] % 8 or x.shape[-1] > MAX_HEAD_DIM):
+        return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {x.shape[-1]}"
+    if x.dtype.itemsize > 4 or not x.is_floating_point():
+        return f"dtype must be bfloat16, float16 or float32, got {x.dtype}"
+    return None
+
+
+def resolve_backend(backend: str | None, x: Tensor) -> str:
+    """The implementation to use: ``"triton"``, ``"cpu"`` (fast torch) or ``"reference"``.
+
+    Args:
+        backend: the user's wish, ``None`` for the fastest.
+        x: the tensor whose device, dtype and head size decide.
+
+    Raises:
+        ValueError: an unknown name, or ``"triton"`` where it cannot run; the message says why.
+    """
+    if backend is None:
+        return "cpu" if triton_reason(x) else "triton"
+    if backend not in ("triton", "cpu", "reference"):
+        raise ValueError(f"backend must be 'triton', 'cpu', 'reference' or None, got {backend!r}")
+    if backend == "triton" and (reason := triton_reason(x)):
+        raise ValueError(f"backend='triton' cannot run: {reason}")
+    return backend
