@@ -90,7 +90,7 @@ aot: $(TEST_READY)
 
 unit: $(TEST_READY)
 	@echo '== pytest'
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal --durations=10 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadgroup --durations=10 $(PYTEST_ARGS)
 
 bench: $(TEST_READY)
 	@$(PY) benchmarks/kernels.py

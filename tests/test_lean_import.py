@@ -1,0 +1,76 @@
+"""``import dit_accel`` is cheap: no optional library, no CUDA, and little time beyond torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = (
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "torchmetrics",
+    "cv2",
+    "scipy",
+    "matplotlib",
+    "xformers",
+    "huggingface_hub",
+    "dit_accel_patches",
+    "dit_accel_eval",
+)
+PROBE = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import {module}
+seconds = time.perf_counter() - start
+print(json.dumps({{
+    "seconds": seconds,
+    "modules": sorted(set(sys.modules) - before),
+    "cuda": torch.cuda.is_initialized(),
+}}))
+"""
+
+
+def _probe(module: str) -> dict[str, Any]:
+    roots = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "patches", "eval"))
+    env = {**os.environ, "PYTHONPATH": roots}
+    command = [sys.executable, "-c", PROBE.format(module=module)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[dict[str, Any]]:
+    return [_probe("dit_accel") for _ in range(3)]
+
+
+def test_imports_no_optional_library(probes: list[dict[str, Any]]) -> None:
+    """Beyond what torch itself brings in."""
+    tops = {name.split(".")[0] for name in probes[0]["modules"]}
+    assert not tops & set(HEAVY)
+
+
+def test_touches_no_cuda(probes: list[dict[str, Any]]) -> None:
+    assert not probes[0]["cuda"]
+
+
+def test_takes_little_time_beyond_torch(probes: list[dict[str, Any]]) -> None:
+    assert min(probe["seconds"] for probe in probes) < 0.3
+
+
+@pytest.mark.parametrize("module", ["dit_accel_kernels", "dit_accel.cli"])
+def test_other_roots_are_lean(module: str) -> None:
+    """The kernels' root and the command line import no optional library either."""
+    tops = {name.split(".")[0] for name in _probe(module)["modules"]}
+    assert not tops & set(HEAVY)
