@@ -22,9 +22,8 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is defined.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton reads this once, when a kernel is defined, so it is a choice for the whole process. With it, Triton becomes usable
+# on the CPU and would be chosen everywhere, slowly: `make test` gives the tests marked `interpreter` a run of their own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
