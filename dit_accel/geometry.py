@@ -109,7 +109,7 @@ def _require_int(name: str, value: object) -> None:
 def _checked_grid(grid: object) -> Grid:
     if not isinstance(grid, (tuple, list)) or len(grid) != 3:
         raise ValueError(f"grid must be (frames, height, width) or None, got {grid!r}")
-    for name, size in zip(("frames", "height", "width"), grid, strict=True):
+    for name, size in zip(("frames", "height", "width"), grid):
         _require_int(name, size)
         if size < 1:
             raise ValueError(f"{name} of grid must be at least 1, got {size} in {tuple(grid)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel._specs import Spec, parse_spec
 from dit_accel.geometry import TokenGeometry
-from dit_accel.order import brick, gilbert, morton, raster
+from dit_accel.order import brick, gilbert, morton, raster  # noqa: F401 -- they register themselves
 from dit_accel.order.axes import AXIS_ORDERS
 from dit_accel.order.registry import ORDERS
 from dit_accel_kernels.types import TokenOrder
@@ -112,7 +112,7 @@ def token_order(
 
 
 def inverse_index(index: Tensor) -> Tensor:
-    """Inverse of a permutation ``[..., S]``, on its device and of its dtype: natural token ``i`` stands at ``result[i]``."""
+    """Inverse of a permutation ``[..., S]``: natural token ``i`` stands at position ``result[i]``."""
     positions = torch.arange(index.shape[-1], device=index.device, dtype=index.dtype).expand_as(index)
     return torch.empty_like(index).scatter_(-1, index.long(), positions)
 

@@ -30,7 +30,9 @@ def brick(grid: Grid, size: tuple[int, ...]) -> Tensor:
     if isinstance(size, tuple) and len(size) == 2:
         size = (1, *size)
     if not isinstance(size, tuple) or len(size) != 3 or not all(isinstance(t, int) and t >= 1 for t in size):
-        raise ValueError(f"size of a brick must be TxHxW or HxW with entries of at least 1, such as 4x4x4, got {size!r}")
+        raise ValueError(
+            f"size of a brick must be TxHxW or HxW with entries of at least 1, such as 4x4x4, got {size!r}"
+        )
     frames, height, width = grid
     f = torch.arange(frames).view(-1, 1, 1)
     h = torch.arange(height).view(1, -1, 1)

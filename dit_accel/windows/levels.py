@@ -1,0 +1,153 @@
+"""Which block pairs a window empties, fills, or splits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dit_accel.geometry import TokenGeometry
+from dit_accel.windows.rule import AxisWindow, WindowSpec, axis_codes
+from dit_accel.windows.tokens import check_index, coordinates
+
+__all__ = ["LEVEL_FULL", "LEVEL_NONE", "LEVEL_PARTIAL", "window_levels"]
+
+LEVEL_NONE, LEVEL_FULL, LEVEL_PARTIAL = 0, 1, 255
+
+
+def window_levels(
+    geometry: TokenGeometry,
+    spec: WindowSpec,
+    index: Tensor | None,
+    block_q: int,
+    block_k: int,
+) -> Tensor:
+    """What the window leaves of each block pair, exactly.
+
+    For each key block the number of its keys that a query sees is a separable sum over the grid: one running sum and one
+    difference per axis give it for all distinct windows at once. No ``[S, S]`` tensor is made.
+
+    Args:
+        geometry: layout of the sequence.
+        spec: the window.
+        index: as in :func:`token_windows`.
+        block_q: queries in a block.
+        block_k: keys in a block.
+
+    Returns:
+        uint8 ``[1, 1, ceil(S / block_q), ceil(S / block_k)]`` on the CPU: 0 where no query sees a key, 1 where all see all,
+        255 otherwise.
+    """
+    check_index(geometry, index)
+    if block_q < 1 or block_k < 1:
+        raise ValueError(f"block_q and block_k must be at least 1 token, got {block_q} and {block_k}")
+    order = torch.arange(geometry.tokens) if index is None else index.detach().cpu().long()
+    visual = order - geometry.prefix
+    visual[(visual < 0) | (visual >= geometry.visual)] = -1
+    axes = [_AxisCounts(axis) for axis in spec.resolve(geometry)]
+    boxes, box_of_token = _distinct_boxes(geometry, axes)
+    queries, keys = _blocks(visual, block_q), _blocks(visual, block_k)
+    real_keys = (keys >= 0).sum(1)
+    rows, row_is_real = _boxes_of_blocks(queries, box_of_token, boxes)
+    levels = torch.empty(len(queries), len(keys), dtype=torch.uint8)
+    cells = math.prod(axis.codes for axis in axes)
+    chunk = max(1, min(len(keys), (1 << 23) // max(cells, rows.numel())))
+    position = _code_positions(geometry, axes)
+    for start in range(0, len(keys), chunk):
+        part = keys[start : start + chunk]
+        counts = _keys_in_boxes(part, position, axes)[:, rows]  # [chunk, Qb, M]
+        some = counts.amax(-1)
+        least = counts.masked_fill(~row_is_real, block_k).amin(-1)
+        level = torch.full(some.shape, LEVEL_PARTIAL, dtype=torch.uint8)
+        level[some == 0] = LEVEL_NONE
+        level[least >= real_keys[start : start + chunk, None]] = LEVEL_FULL
+        levels[:, start : start + chunk] = level.T
+    return _with_extra_tokens(levels, geometry, order, block_q, block_k)[None, None]
+
+
+class _AxisCounts:
+    """Codes of one axis and its distinct query intervals."""
+
+    def __init__(self, axis: AxisWindow) -> None:
+        self.code, lo, hi = axis_codes(axis)
+        intervals, self.interval_of = torch.unique(torch.stack((lo, hi)), dim=1, return_inverse=True)
+        self.lo, self.hi = intervals[0], intervals[1]
+        self.codes = axis.dilation * -(-axis.length // axis.dilation)
+
+
+def _distinct_boxes(geometry: TokenGeometry, axes: list[_AxisCounts]) -> tuple[int, Tensor]:
+    """Number of distinct windows and, for each visual token, the number of its own."""
+    box = torch.zeros(geometry.visual, dtype=torch.int64)
+    for axis, coordinate in zip(axes, coordinates(geometry)):
+        box = box * len(axis.lo) + axis.interval_of[coordinate]
+    return math.prod(len(axis.lo) for axis in axes), box
+
+
+def _code_positions(geometry: TokenGeometry, axes: list[_AxisCounts]) -> Tensor:
+    """Flat cell of each visual token in the grid of codes."""
+    cell = torch.zeros(geometry.visual, dtype=torch.int64)
+    for axis, coordinate in zip(axes, coordinates(geometry)):
+        cell = cell * axis.codes + axis.code[coordinate]
+    return cell
+
+
+def _blocks(visual: Tensor, block: int) -> Tensor:
+    """Visual tokens of each block, ``[blocks, block]``; -1 for extra tokens and padding."""
+    padded = visual.new_full((-(-len(visual) // block) * block,), -1)
+    padded[: len(visual)] = visual
+    return padded.view(-1, block)
+
+
+def _boxes_of_blocks(queries: Tensor, box_of_token: Tensor, boxes: int) -> tuple[Tensor, Tensor]:
+    """Distinct windows of each query block ``[Qb, M]``, padded with repeats, and which entries are real."""
+    box = torch.where(queries >= 0, box_of_token[queries.clamp(min=0)], boxes).sort(1).values
+    new = torch.ones_like(box, dtype=torch.bool)
+    new[:, 1:] = box[:, 1:] != box[:, :-1]
+    new &= box < boxes
+    count = new.sum(1)
+    most = max(int(count.max()), 1)
+    rows = box.masked_fill(~new, boxes).sort(1).values[:, :most]
+    real = rows < boxes
+    filler = torch.where(count > 0, rows[:, 0], 0)[:, None]
+    return torch.where(real, rows, filler), real
+
+
+def _keys_in_boxes(keys: Tensor, position: Tensor, axes: list[_AxisCounts]) -> Tensor:
+    """Keys of each block inside each distinct window: int16 or int32 ``[blocks, boxes]``."""
+    dtype = torch.int16 if keys.shape[1] < 1 << 15 else torch.int32
+    grid = torch.zeros(len(keys), math.prod(axis.codes for axis in axes), dtype=dtype)
+    block, slot = (keys >= 0).nonzero(as_tuple=True)
+    grid[block, position[keys[block, slot]]] = 1
+    grid = grid.view(-1, *(axis.codes for axis in axes))
+    for dim, axis in enumerate(axes, start=1):
+        grid = _interval_sums(grid, dim, axis)
+    return grid.reshape(len(keys), -1)
+
+
+def _interval_sums(grid: Tensor, dim: int, axis: _AxisCounts) -> Tensor:
+    if len(axis.lo) == 1 and int(axis.lo[0]) == 0 and int(axis.hi[0]) == axis.codes:
+        return grid.sum(dim, keepdim=True, dtype=grid.dtype)
+    shape = list(grid.shape)
+    shape[dim] = 1
+    sums = torch.cat((grid.new_zeros(shape), grid.cumsum(dim, dtype=grid.dtype)), dim)
+    return sums.index_select(dim, axis.hi) - sums.index_select(dim, axis.lo)
+
+
+def _with_extra_tokens(levels: Tensor, geometry: TokenGeometry, order: Tensor, block_q: int, block_k: int) -> Tensor:
+    """Account for tokens that see all and are seen by all."""
+    extra = (order < geometry.prefix) | (order >= geometry.prefix + geometry.visual)
+    any_q, all_q = _any_all(extra, block_q)
+    any_k, all_k = _any_all(extra, block_k)
+    levels[(any_q[:, None] | any_k) & (levels == LEVEL_NONE)] = LEVEL_PARTIAL
+    levels[all_q[:, None] | all_k] = LEVEL_FULL
+    return levels
+
+
+def _any_all(flags: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    count = torch.zeros(-(-len(flags) // block), dtype=torch.int64)
+    size = count.clone()
+    number = torch.arange(len(flags)) // block
+    count.index_add_(0, number, flags.long())
+    size.index_add_(0, number, torch.ones_like(number))
+    return count > 0, count == size
