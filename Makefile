@@ -22,7 +22,7 @@ else
 BIN := $(VENV)/bin
 endif
 PY  := $(BIN)/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
 ONE_THREAD := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST     := $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
@@ -41,10 +41,10 @@ help:
 # ---------------------------------------------------------------------------------------------------------- set-up
 
 $(PY):
-	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh scripts/make_venv.sh
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh .ci/make_venv.sh
 
 $(BASE_READY): | $(PY)
-	@echo 'set-up: $(TORCH)'
+	@echo 'set-up: $(TORCH) (a large download the first time)'
 	@$(PIP) $(TORCH)
 	@touch $@
 
