@@ -1,0 +1,48 @@
+"""Sparse attention for diffusion transformers: one line, measured quality.
+
+    import dit_accel
+    handle = dit_accel.enable(pipe)      # skip the attention that does not matter
+    video = pipe(prompt).frames
+    print(dit_accel.status(pipe))        # what was computed, what stayed dense and why
+    handle.disable()                     # the original objects, by identity
+"""
+
+from dit_accel._version import __version__
+from dit_accel.adapter import Adapter, StepInfo
+from dit_accel.api import (
+    Handle,
+    calibrate,
+    disable,
+    enable,
+    enabled,
+    methods,
+    status,
+    supported_models,
+)
+from dit_accel.geometry import TokenGeometry
+from dit_accel.ledger import LayerStatus, RunStatus
+from dit_accel.logging import set_verbosity
+from dit_accel.mask import BlockMask
+from dit_accel.method import Method
+from dit_accel.static_plan import StaticPlan
+
+__all__ = [
+    "Adapter",
+    "BlockMask",
+    "Handle",
+    "LayerStatus",
+    "Method",
+    "RunStatus",
+    "StaticPlan",
+    "StepInfo",
+    "TokenGeometry",
+    "__version__",
+    "calibrate",
+    "disable",
+    "enable",
+    "enabled",
+    "methods",
+    "set_verbosity",
+    "status",
+    "supported_models",
+]

@@ -1,0 +1,297 @@
+"""The one line: enable, disable, status."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dit_accel.ledger import RunStatus
+from dit_accel.logging import get_logger
+from dit_accel.method import Method
+from dit_accel.methods import get_method, load_methods
+from dit_accel.registry import Installation, adapters, find_adapter, install
+from dit_accel.runtime import ModelRun
+from dit_accel.static_plan import Recorder, StaticPlan
+
+__all__ = [
+    "Handle",
+    "calibrate",
+    "disable",
+    "enable",
+    "enabled",
+    "methods",
+    "status",
+    "supported_models",
+]
+
+_logger = get_logger("dit_accel")
+_COMPONENTS = ("transformer", "transformer_2", "transformer_3")
+_handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+
+Plans = StaticPlan | str | Path | Mapping[str, StaticPlan]
+
+
+class Handle:
+    """What :func:`enable` returns: undo, statistics, and a context manager that disables at the end.
+
+    Attributes:
+        method: the method in force.
+        runs: run state of each transformer, by component name.
+    """
+
+    def __init__(
+        self, method: Method, runs: dict[str, ModelRun], installed: dict[str, Installation]
+    ) -> None:
+        self.method = method
+        self.runs = runs
+        self._installed = installed
+
+    @property
+    def active(self) -> bool:
+        """Whether the acceleration is still in place."""
+        return bool(self._installed)
+
+    def disable(self) -> None:
+        """Restore the original objects. Safe to call twice."""
+        while self._installed:
+            self._installed.popitem()[1].undo()
+
+    def stats(self) -> dict[str, RunStatus]:
+        """What each transformer computed in its latest run. Waits for the device."""
+        return {name: run.status() for name, run in self.runs.items()}
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{n}: {r.model} ({len(r.layers)} layers)" for n, r in self.runs.items())
+        state = "active" if self.active else "disabled"
+        return f"<dit_accel.Handle {self.method.name!r} {state}; {parts}>"
+
+
+def _transformers(target: Any) -> dict[str, nn.Module]:
+    """Transformers of a pipeline, or the transformer itself, by component name."""
+    if isinstance(target, nn.Module):
+        return {"transformer": target}
+    found = {n: getattr(target, n, None) for n in _COMPONENTS}
+    modules = {name: m for name, m in found.items() if isinstance(m, nn.Module)}
+    if not modules:
+        raise ValueError(
+            "expected a diffusers pipeline with a transformer, or a transformer, got "
+            f"{type(target).__name__} without any of {', '.join(_COMPONENTS)}"
+        )
+    return modules
+
+
+def _plans(plan: Plans | None, names: Sequence[str]) -> dict[str, StaticPlan]:
+    if plan is None:
+        return {}
+    if isinstance(plan, str | Path):
+        plan = StaticPlan.load(plan)
+    if isinstance(plan, StaticPlan):
+        return dict.fromkeys(names, plan)
+    return dict(plan)
+
+
+def enable(
+    target: Any,
+    method: str | Method = "auto",
+    *,
+    backend: str | None = None,
+    min_tokens: int = 2048,
+    run_density: float | None = None,
+    plan: Plans | None = None,
+    **overrides: Any,
+) -> Handle:
+    """Accelerate a pipeline or a transformer. Enabling again replaces what was in force.
+
+    Args:
+        target: a diffusers pipeline (all its transformers are accelerated), or one transformer.
+        method: name from :func:`methods`, or a :class:`~dit_accel.Method`.
+        backend: kernel backend (``"triton"``, ``"cpu"``, ``"reference"``); ``None`` takes the best
+            that passes its self-test. The environment variable ``DIT_ACCEL_BACKEND`` sets a default.
+        min_tokens: shorter sequences stay dense.
+        run_density: work of the whole run over the work of a dense run, warm-up, planning and
+            pooled keys included; the density of the sparse steps follows from it.
+        plan: for static methods such as ``"paro"``, what :func:`calibrate` made, or its file.
+        **overrides: fields of :class:`~dit_accel.Method`, such as ``density=0.3`` or ``warmup=0.1``.
+
+    Returns:
+        A handle with ``disable()`` and ``stats()``, usable as a context manager.
+
+    Raises:
+        ValueError: unknown method or option, a value out of range, a target without a transformer, a
+            model that no adapter knows, or a static method without a plan.
+        RuntimeError: if an explicitly requested backend cannot run here.
+    """
+    chosen = get_method(method).replace(**overrides) if overrides else get_method(method)
+    if run_density is not None and not 0 < run_density <= 1:
+        raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
+    if not isinstance(min_tokens, int) or min_tokens < 0:
+        raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
+    modules = _transformers(target)
+    plans = _plans(plan, list(modules))
+    if chosen.static and not plans:
+        raise ValueError(
+            f"method {chosen.name!r} is static: make a plan first with dit_accel.calibrate(pipe, "
+            f"prompts, method={chosen.name!r}) and pass plan=..."
+        )
+    if plans:
+        chosen = next(iter(plans.values())).method
+    runs = {}
+    for name, module in modules.items():
+        runs[name] = ModelRun(
+            chosen,
+            model=type(module).__name__,
+            backend=backend or os.environ.get("DIT_ACCEL_BACKEND") or None,
+            min_tokens=min_tokens,
+            run_density=run_density,
+            static=plans.get(name),
+            module=module,
+        )
+    return _install(target, chosen, modules, runs)
+
+
+def _install(
+    target: Any, method: Method, modules: dict[str, nn.Module], runs: dict[str, ModelRun]
+) -> Handle:
+    """Join runs to transformers; all of them or none."""
+    pipe = None if isinstance(target, nn.Module) else target
+    known = {name: find_adapter(module) for name, module in modules.items()}
+    for name, module in modules.items():
+        if known[name] is None:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which no adapter knows; supported are "
+                + ", ".join(m for a in adapters().values() for m in a.models)
+            )
+    disable(target)
+    installed: dict[str, Installation] = {}
+    handle = Handle(method, runs, installed)
+    try:
+        for name, module in modules.items():
+            adapter = known[name]
+            assert adapter is not None
+            installed[name] = install(module, adapter, runs[name], pipe)
+            runs[name].set_layers(installed[name].layers)
+            _handles[module] = handle
+    except BaseException:
+        handle.disable()
+        raise
+    for run in runs.values():
+        _logger.info(
+            "%s: %d attention layers, method %s, density %s, backend %s",
+            run.model,
+            len(run.layers),
+            method.name,
+            run.run_density or method.density,
+            run.backend or "automatic",
+        )
+    return handle
+
+
+def disable(target: Any) -> bool:
+    """Undo :func:`enable` on a pipeline or transformer; whether there was anything to undo."""
+    undone = False
+    for module in _transformers(target).values():
+        handle = _handles.pop(module, None)
+        if handle is not None and handle.active:
+            handle.disable()
+            undone = True
+    return undone
+
+
+@contextmanager
+def enabled(target: Any, method: str | Method = "auto", **options: Any) -> Iterator[Handle]:
+    """Accelerate within a ``with`` block; the options are those of :func:`enable`."""
+    handle = enable(target, method, **options)
+    try:
+        yield handle
+    finally:
+        handle.disable()
+
+
+def status(target: Any) -> dict[str, RunStatus]:
+    """What each accelerated transformer of ``target`` computed in its latest run; see :class:`RunStatus`.
+
+    A transformer that is not accelerated is left out. Waits for the device.
+    """
+    found = {}
+    for name, module in _transformers(target).items():
+        handle = _handles.get(module)
+        if handle is not None and handle.active:
+            for run in handle.runs.values():
+                if run.module is module:
+                    found[name] = run.status()
+    return found
+
+
+def methods() -> list[Method]:
+    """The methods that ship."""
+    return list(load_methods().values())
+
+
+def supported_models() -> list[dict[str, Any]]:
+    """Supported transformer classes: ``model``, ``family``, ``task``, ``blocks`` and ``note`` of each."""
+    rows = []
+    for adapter in adapters().values():
+        row = {k: v for k, v in asdict(adapter).items() if k not in ("geometry", "models", "name")}
+        rows += [{"model": model, "family": adapter.name, **row} for model in adapter.models]
+    return rows
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    method: str | Method = "paro",
+    *,
+    component: str = "transformer",
+    overrides: Mapping[str, Any] | None = None,
+    **call: Any,
+) -> StaticPlan:
+    """Find the static plan of one transformer by dense runs, two for each prompt.
+
+    The first pass finds the token order of each head, the second the mass of each block in it.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: what to run; PAROAttention uses one or two.
+        method: a static method.
+        component: the transformer to plan.
+        overrides: fields of the method to change, such as ``{"density": 0.5}``.
+        **call: further arguments of the pipeline call; steps and size must be those of later use.
+
+    Returns:
+        The plan; give it to :func:`enable`, or :meth:`~dit_accel.StaticPlan.save` it.
+
+    Raises:
+        ValueError: no prompts, a method that is not static, an unknown component, or no attention
+            that could be planned.
+    """
+    chosen = get_method(method).replace(**dict(overrides or {}))
+    modules = _transformers(pipe)
+    if not prompts or isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
+    if not chosen.static:
+        raise ValueError(f"method {chosen.name!r} needs no calibration, it plans during the run")
+    if component not in modules:
+        raise ValueError(f"component must be one of {', '.join(modules)}, got {component!r}")
+    module = modules[component]
+    run = ModelRun(chosen, model=type(module).__name__, min_tokens=0, module=module)
+    run.recorder = Recorder(chosen)
+    with _install(pipe, chosen, {component: module}, {component: run}):
+        for phase in ("order", "mask"):
+            if phase == "mask":
+                run.recorder.next_phase()
+            for prompt in prompts:
+                pipe(prompt=prompt, **call)
+        return run.recorder.finish(run)

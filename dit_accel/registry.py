@@ -1,0 +1,87 @@
+"""Adapters and installers, found through entry points so that third parties add models likewise.
+
+``dit_accel.adapters`` holds :class:`~dit_accel.adapter.Adapter` objects. ``dit_accel.installers``
+holds functions that join an adapter and a run to a transformer of one library. A source tree that
+was never installed has no entry points; the packages that ship are then imported by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from torch import nn
+
+from dit_accel.adapter import Adapter, AttentionRun
+from dit_accel.logging import get_logger, warn_once
+
+__all__ = ["Installation", "adapters", "find_adapter", "install"]
+
+_logger = get_logger(__name__)
+_SHIPPED = {
+    "dit_accel.adapters": {
+        "wan": "dit_accel_patches.wan:ADAPTER",
+        "flux": "dit_accel_patches.flux:ADAPTER",
+    },
+    "dit_accel.installers": {"diffusers": "dit_accel_patches.install:install"},
+}
+
+
+class Installation(Protocol):
+    """What an installer returns."""
+
+    layers: tuple[str, ...]
+
+    def undo(self) -> None:
+        """Restore every original object, by identity."""
+
+
+_Installer = Callable[..., Installation]
+
+
+def _load(group: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    points = {point.name: point.load for point in entry_points(group=group)}
+    for name, target in _SHIPPED[group].items():
+        if name not in points:
+            module, _, attribute = target.partition(":")
+            points[name] = lambda m=module, a=attribute: getattr(importlib.import_module(m), a)
+    for name, load in points.items():
+        try:
+            found[name] = load()
+        except ImportError as error:
+            warn_once(_logger, (group, name), f"{group} {name!r} could not be loaded: {error}")
+    return found
+
+
+@cache
+def adapters() -> dict[str, Adapter]:
+    """Adapters by family name."""
+    return _load("dit_accel.adapters")
+
+
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter for a transformer, by the names of its class and base classes."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    for name in names:
+        for adapter in adapters().values():
+            if name in adapter.models:
+                return adapter
+    return None
+
+
+def install(module: nn.Module, adapter: Adapter, run: AttentionRun, pipe: Any) -> Installation:
+    """Join a run to a transformer.
+
+    Raises:
+        RuntimeError: if no installer could be loaded.
+    """
+    found: dict[str, _Installer] = _load("dit_accel.installers")
+    if "diffusers" not in found:
+        raise RuntimeError(
+            "no integration could be loaded; install dit-accel[diffusers] (see the warning above)"
+        )
+    return found["diffusers"](module, adapter, run, pipe=pipe)

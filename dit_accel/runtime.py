@@ -1,0 +1,318 @@
+"""The run state of one accelerated transformer: decides each attention call and carries it out."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass
+
+import torch
+from dit_accel_kernels import attention_lse, choose_backend, dense_attention
+from dit_accel_kernels.types import TokenOrder
+from torch import Tensor, nn
+
+from dit_accel.adapter import DenseFn, StepInfo
+from dit_accel.geometry import TokenGeometry
+from dit_accel.ledger import Ledger, RunStatus
+from dit_accel.logging import get_logger, warn_once
+from dit_accel.method import Method
+from dit_accel.plan import Plan, execute
+from dit_accel.planner import Planner
+from dit_accel.policy import Action, Policy
+from dit_accel.static_plan import Recorder, StaticPlan
+
+__all__ = ["ModelRun"]
+
+_logger: logging.Logger = get_logger(__name__)
+
+_LIST_BYTES = 2 << 30
+_NOT_FINITE = "attention scores were not finite: NaN or infinity in q or k"
+
+
+@dataclass
+class _LayerState:
+    """What a layer remembers for one guidance branch and batch size."""
+
+    plan: Plan | None = None
+    planned_at: int | None = None
+
+
+class ModelRun:
+    """Sparse attention for one transformer. Implements :class:`dit_accel.adapter.AttentionRun`.
+
+    State is kept per (layer, branch, batch size) and forgotten by :meth:`reset`; nothing is a class
+    attribute. One run at a time.
+
+    Args:
+        method: what to do.
+        layers: module paths of the self-attention layers, in the order of their layer ids.
+        model: class name of the transformer.
+        backend: kernel backend, or ``None`` for the best that passes its self-test.
+        min_tokens: shorter sequences stay dense.
+        run_density: work over the work of a dense run, from which the density of sparse steps follows.
+        static: plan of a static method.
+        module: the transformer; only a weak reference is kept.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        layers: tuple[str, ...] = (),
+        *,
+        model: str = "",
+        backend: str | None = None,
+        min_tokens: int = 2048,
+        run_density: float | None = None,
+        static: StaticPlan | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        self.method = method
+        self.model = model
+        self.backend = backend
+        self.min_tokens = min_tokens
+        self.run_density = run_density
+        self.static = static
+        self._module = None if module is None else weakref.ref(module)
+        self.recorder: Recorder | None = None
+        self.policy = Policy(method)
+        self.planner = Planner(method)
+        self.ledger = Ledger()
+        self.layers = layers
+        self._dense_layers: set[int] = set()
+        self._states: dict[tuple[int, str, int], _LayerState] = {}
+        self._geometry: TokenGeometry | str = "the transformer was not entered through its forward"
+        self._step = StepInfo()
+        self._backends: dict[tuple[torch.device, torch.dtype, int], str] = {}
+        self._fresh = True
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The transformer, if it still exists."""
+        return None if self._module is None else self._module()
+
+    def set_layers(self, layers: tuple[str, ...]) -> None:
+        """Name the layers, once the integration has found them.
+
+        Raises:
+            ValueError: if the method's ``dense_layers`` name layers that do not exist.
+        """
+        self.layers = layers
+        count = len(layers)
+        bad = [i for i in self.method.dense_layers if not -count <= i < count]
+        if bad:
+            raise ValueError(f"dense_layers must lie in {-count}..{count - 1}, got {bad}")
+        self._dense_layers = {i % count for i in self.method.dense_layers}
+
+    def begin_forward(self, geometry: TokenGeometry | str, step: StepInfo) -> None:
+        """Take over the geometry and the step of the forward call that starts."""
+        if self._fresh:
+            self.ledger = Ledger()
+            self._fresh = False
+        self._geometry = geometry
+        self._step = step
+        self.ledger.geometry = str(geometry)
+
+    def reset(self) -> None:
+        """End of a run: forget its plans. What was counted stays until the next run begins."""
+        self._states.clear()
+        self._fresh = True
+        if self.recorder is not None:
+            self.recorder.end_run()
+
+    def decline(self, layer: int, reason: str) -> None:
+        """Count a call that the integration sent to dense attention itself."""
+        self._count_dense(layer, reason)
+
+    def status(self) -> RunStatus:
+        """What was computed in the latest run. Waits for the device."""
+        return self.ledger.status(self.model, self.method.name, self.layers)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layer: int,
+        scale: float | None,
+        key_valid: Tensor | None,
+        dense: DenseFn,
+    ) -> Tensor:
+        """Self-attention of one layer, ``[B, S, H, D]`` in and out."""
+        reason = self._why_dense(query, layer)
+        if reason is not None:
+            self._count_dense(layer, reason)
+            return dense(query, key, value)
+        geometry = self._geometry
+        assert isinstance(geometry, TokenGeometry)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if self.recorder is not None:
+            self._count_dense(layer, "calibration")
+            out, lse = dense_attention(q, k, v, scale=scale, key_valid=key_valid)
+            self.recorder.observe(self, q, k, lse, layer, self._step, geometry, scale, key_valid)
+            return out.transpose(1, 2)
+        state = self._state(layer, q)
+        plan, dense_out = self._plan_for(state, q, k, v, layer, geometry, scale, key_valid)
+        if dense_out is not None:
+            self._count_dense(layer, "planning step")
+            return dense_out.transpose(1, 2)
+        if plan is None:
+            self._count_dense(layer, "warm-up" if not self.policy.dense_tail(self._step) else "end")
+            return dense(query, key, value)
+        backend = self._backend_for(q)
+        out = execute(plan, q, k, v, scale=scale, key_valid=key_valid, backend=backend)
+        return out.transpose(1, 2)
+
+    def _why_dense(self, query: Tensor, layer: int) -> str | None:
+        """Reason why this call stays dense whatever the schedule, or ``None``."""
+        if self.method.is_dense:
+            return "method 'dense'"
+        if isinstance(self._geometry, str):
+            return self._geometry
+        if layer in self._dense_layers:
+            return "dense layer"
+        tokens = query.shape[1]
+        reason = self._geometry.check(tokens)
+        if reason is not None:
+            return reason
+        if tokens < self.min_tokens:
+            return f"{tokens} tokens are fewer than min_tokens={self.min_tokens}"
+        if self._geometry.grid is None and (
+            self.method.score == "window" or self.method.order != ("raster",)
+        ):
+            return f"method {self.method.name!r} needs a grid, the geometry is {self._geometry}"
+        if query.requires_grad and torch.is_grad_enabled():
+            return "gradients are needed, sparse attention is for inference"
+        return self._why_no_static(tokens, layer)
+
+    def _why_no_static(self, tokens: int, layer: int) -> str | None:
+        if not self.method.static or self.recorder is not None:
+            return None
+        if self.static is None:
+            return f"method {self.method.name!r} needs a plan from calibrate()"
+        return self.static.why_not(self._geometry, layer, self._step)
+
+    def _state(self, layer: int, q: Tensor) -> _LayerState:
+        branch = "" if self.method.branches == "shared" else self._step.branch
+        return self._states.setdefault((layer, branch, q.shape[0]), _LayerState())
+
+    def _plan_for(
+        self,
+        state: _LayerState,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        geometry: TokenGeometry,
+        scale: float | None,
+        key_valid: Tensor | None,
+    ) -> tuple[Plan | None, Tensor | None]:
+        """The plan of this call, or the dense output of a planning step, or neither on dense steps."""
+        if self.static is not None:
+            plan = self.static.plan(self.planner, geometry, layer, self._step, q.device)
+            self._count_sparse(plan, layer, reused=True)
+            return plan, None
+        known = state.plan if state.plan is not None and state.plan.matches(q) else None
+        action = self.policy.action(self._step, known is not None, state.planned_at)
+        if action is Action.DENSE:
+            return None, None
+        if self.method.score == "window":
+            density = self._density(q, geometry)
+            plan = self.planner.window_plan(geometry, q.device, density, q.shape[1])
+            self._count_sparse(plan, layer, reused=True)
+            return plan, None
+        if action is Action.SPARSE:
+            assert known is not None
+            self._count_sparse(known, layer, reused=True)
+            return known, None
+        out = None
+        with self.ledger.timer.measure(q.device):
+            lse = known.lse if known is not None else None
+            extra = 0.0
+            if action is Action.DENSE_AND_PLAN:
+                out, lse = dense_attention(q, k, v, scale=scale, key_valid=key_valid)
+            elif lse is None and self.policy.needs_lse:
+                lse, extra = attention_lse(q, k, scale=scale, key_valid=key_valid), 0.5
+            order = known.order if known is not None else None
+            plan = self._make_plan(q, k, lse, layer, geometry, scale, key_valid, order)
+        state.plan, state.planned_at = plan, self._step.step
+        self.ledger.count_plan(self._step.step, layer, plan.cost + extra)
+        if plan.finite is not None:
+            self.ledger.flag(_NOT_FINITE, plan.finite)
+        if out is None:
+            self._count_sparse(plan, layer, reused=False)
+        return plan, out
+
+    def _make_plan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor | None,
+        layer: int,
+        geometry: TokenGeometry,
+        scale: float | None,
+        key_valid: Tensor | None,
+        order: TokenOrder | None,
+    ) -> Plan:
+        density = self._density(q, geometry)
+        plan = self.planner.plan(
+            q, k, lse, geometry, density=density, scale=scale, key_valid=key_valid, order=order
+        )
+        if self._will_refresh():
+            plan.lse = lse
+        if plan.order is not None:
+            self.ledger.orders[layer] = (plan.order_names, plan.order.head)
+        self._bound_lists()
+        return plan
+
+    def _density(self, q: Tensor, geometry: TokenGeometry) -> float:
+        """Share of blocks to keep on sparse steps."""
+        steps = self._step.steps
+        if self.run_density is None or steps is None:
+            return self.method.density_at(self.policy.progress(self._step))
+        planning = self.planner.cost(geometry, q.device, q.shape[2]) if self.policy.needs_lse else 0.0
+        plans = 1 + len(self.policy.refresh_steps(steps))
+        sparse = max(steps - self.policy.warmup_steps(steps), 1)
+        pooled = 1 / self.method.block_k if self.method.compensate == "mean" else 0.0
+        return self.policy.sparse_density(self.run_density, steps, pooled + planning * plans / sparse)
+
+    def _will_refresh(self) -> bool:
+        step = self._step
+        if step.step is None or not step.steps or not self.policy.needs_lse:
+            return False
+        return any(s > step.step for s in self.policy.refresh_steps(step.steps))
+
+    def _bound_lists(self) -> None:
+        """Keep the derived index lists of all plans below a bound; masks stay bit-packed."""
+        plans = [s.plan for s in self._states.values() if s.plan is not None]
+        if sum(p.mask.nbytes() for p in plans) > _LIST_BYTES:
+            for plan in plans:
+                plan.mask.drop_lists()
+
+    def _backend_for(self, q: Tensor) -> str:
+        key = (q.device, q.dtype, q.shape[-1])
+        if key not in self._backends:
+            name, reasons = choose_backend(
+                self.backend,
+                device=q.device,
+                dtype=q.dtype,
+                head_dim=q.shape[-1],
+                block_q=self.method.block_q,
+                block_k=self.method.block_k,
+            )
+            for other, reason in reasons.items():
+                _logger.info("backend %s is not used: %s", other, reason)
+            self._backends[key] = name
+            self.ledger.backend = name
+        self.ledger.backend = self._backends[key]
+        return self._backends[key]
+
+    def _count_dense(self, layer: int, reason: str) -> None:
+        self.ledger.count_dense(self._step.step, layer, reason)
+        if reason not in ("warm-up", "planning step", "end", "dense layer", "calibration", "method 'dense'"):
+            warn_once(_logger, (self.model, reason), f"{self.model} stays dense: {reason}")
+
+    def _count_sparse(self, plan: Plan, layer: int, *, reused: bool) -> None:
+        self.ledger.count_sparse(
+            self._step.step, layer, plan.density, plan.pooled_density, reused=reused
+        )

@@ -1,0 +1,284 @@
+"""Static plans: orders and masks found once, offline, and used for every run (PAROAttention)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dit_accel.adapter import StepInfo
+from dit_accel.geometry import TokenGeometry
+from dit_accel.mask import BlockMask
+from dit_accel.method import Method
+from dit_accel.paro import paro_scores
+from dit_accel.plan import Plan
+from dit_accel.planner import Planner, sampled_rows
+from dit_accel.select import select
+
+if TYPE_CHECKING:
+    from dit_accel.runtime import ModelRun
+
+__all__ = ["Recorder", "StaticPlan"]
+
+_FORMAT = "dit_accel.static_plan"
+_VERSION = 1
+
+
+@dataclass(eq=False)
+class StaticPlan:
+    """Orders per head and masks per step of one transformer at one geometry.
+
+    Attributes:
+        method: the method it was made for.
+        model: transformer class name.
+        geometry: where the tokens sit.
+        steps: denoising steps of the calibration runs.
+        head_choice: int32 ``[L, H]``, candidate order of each head.
+        bits: int32 ``[M, L, H, Qb, W]``, packed masks; see :meth:`mask_index`.
+    """
+
+    method: Method
+    model: str
+    geometry: TokenGeometry
+    steps: int
+    head_choice: Tensor
+    bits: Tensor
+    _plans: dict[int, Plan] = field(default_factory=dict, repr=False)
+    _plans_of: tuple[int, torch.device] | None = field(default=None, repr=False)
+
+    def mask_index(self, step: StepInfo) -> int:
+        """Mask of a step: each step of the first share has its own, the rest share the last.
+
+        A run with another number of steps uses the masks of the same share of the run.
+        """
+        if step.step is not None and step.steps:
+            place = step.step / step.steps
+        else:
+            place = step.progress or 0.0
+        return min(int(place * self.steps + 1e-6), self.bits.shape[0] - 1)
+
+    def why_not(self, geometry: TokenGeometry | str, layer: int, step: StepInfo) -> str | None:
+        """Reason why the plan does not serve a call, or ``None``."""
+        if geometry != self.geometry:
+            return f"the static plan was made for {self.geometry}, this run has {geometry}"
+        if layer >= self.bits.shape[1]:
+            return f"the static plan has {self.bits.shape[1]} layers, this is layer {layer}"
+        return None
+
+    def plan(
+        self,
+        planner: Planner,
+        geometry: TokenGeometry,
+        layer: int,
+        step: StepInfo,
+        device: torch.device,
+    ) -> Plan:
+        """The plan of a layer at a step, on ``device``; only the current step's are kept there."""
+        index = self.mask_index(step)
+        if self._plans_of != (index, device):
+            self._plans.clear()
+            self._plans_of = (index, device)
+        if layer not in self._plans:
+            layout = planner.layout(geometry, device)
+            bits = self.bits[index, layer][None].to(device, non_blocking=True)
+            tokens = geometry.tokens
+            mask = BlockMask(bits, None, tokens, tokens, self.method.block_q, self.method.block_k)
+            self._plans[layer] = Plan(
+                mask=mask,
+                order=layout.order(self.head_choice[layer].to(device)),
+                order_names=layout.names,
+                windows=None,
+                compensate=self.method.compensate == "mean",
+                density=mask.density(),
+                cost=0.0,
+            )
+        return self._plans[layer]
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with JSON metadata, atomically."""
+        meta = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "method": self.method.to_dict(),
+            "model": self.model,
+            "geometry": [self.geometry.grid, self.geometry.prefix, self.geometry.suffix],
+            "steps": self.steps,
+        }
+        data = save({"head_choice": self.head_choice, "bits": self.bits}, {"plan": json.dumps(meta)})
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> StaticPlan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is corrupt, not a static plan, or of a newer version.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no static plan at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get("plan", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a readable static plan: {error}") from None
+        return cls._from_parts(str(path), meta, tensors)
+
+    @classmethod
+    def _from_parts(cls, path: str, meta: Any, tensors: dict[str, Tensor]) -> StaticPlan:
+        if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a static plan of dit_accel")
+        if meta["version"] > _VERSION:
+            raise ValueError(
+                f"{path} has version {meta['version']}, this dit_accel reads up to {_VERSION}"
+            )
+        try:
+            grid, prefix, suffix = meta["geometry"]
+            geometry = TokenGeometry(tuple(grid), prefix, suffix)
+            method = Method.from_dict(meta["method"])
+            plan = cls(
+                method, meta["model"], geometry, meta["steps"], tensors["head_choice"], tensors["bits"]
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is a static plan with parts missing: {error!r}") from None
+        rows = -(-geometry.tokens // method.block_q)
+        words = -(-(-(-geometry.tokens // method.block_k)) // 32)
+        if plan.bits.ndim != 5 or tuple(plan.bits.shape[3:]) != (rows, words):
+            raise ValueError(
+                f"{path}: masks must be [M, L, H, {rows}, {words}], got {list(plan.bits.shape)}"
+            )
+        return plan
+
+
+class Recorder:
+    """Watches dense calibration runs and makes a :class:`StaticPlan` of them.
+
+    Two passes: the first finds the order of each head, the second the mass of each block in that
+    order. Sums are kept on the CPU.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.phase = "order"
+        self._order_scores: dict[int, Tensor] = {}
+        self._mass: dict[tuple[int, int], Tensor] = {}
+        self._choice: dict[int, Tensor] = {}
+        self._geometry: TokenGeometry | None = None
+        self._steps = 0
+        self._runs = 0
+
+    def end_run(self) -> None:
+        """Count a finished calibration run."""
+        self._runs += 1
+
+    def next_phase(self) -> None:
+        """Fix the orders; the runs that follow give the masks."""
+        self._choice = {i: s.argmax(0).to(torch.int32) for i, s in self._order_scores.items()}
+        self.phase = "mask"
+
+    def observe(
+        self,
+        run: ModelRun,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        layer: int,
+        step: StepInfo,
+        geometry: TokenGeometry,
+        scale: float | None,
+        key_valid: Tensor | None,
+    ) -> None:
+        """Take in the attention of one layer, ``[B, H, S, D]`` in natural order."""
+        if step.step is None or not step.steps:
+            raise ValueError("calibration needs a pipeline that tells its steps, got none")
+        if self._geometry is not None and geometry != self._geometry:
+            raise ValueError(f"calibration runs must share one geometry: {self._geometry}, {geometry}")
+        self._geometry, self._steps = geometry, step.steps
+        layout = run.planner.layout(geometry, q.device)
+        if self.phase == "order":
+            if layout.table is not None:
+                scores = self._scores_of_orders(run, q, k, lse, geometry, scale, key_valid)
+                _add(self._order_scores, layer, scores.cpu())
+            return
+        choice = self._choice.get(layer)
+        order = None if choice is None else layout.order(choice.to(q.device))
+        mass = run.planner.scores(q, k, lse, order, scale, key_valid)[0].mean(0).cpu()
+        own = int(self.method.static_share * step.steps)
+        _add(self._mass, (min(step.step, own), layer), mass)
+
+    def _scores_of_orders(
+        self,
+        run: ModelRun,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        geometry: TokenGeometry,
+        scale: float | None,
+        key_valid: Tensor | None,
+    ) -> Tensor:
+        method = self.method
+        if method.order_choice == "recall":
+            density = method.density_at(0.0)
+            return run.planner.order_recall(q, k, lse, geometry, density, scale, key_valid)[0]
+        table = run.planner.layout(geometry, q.device).table
+        assert table is not None
+        rows = sampled_rows(-(-q.shape[2] // method.block_q), q.device)
+        return paro_scores(
+            q, k, lse, table, rows, block_q=method.block_q, block_k=method.block_k, scale=scale
+        )
+
+    def finish(self, run: ModelRun) -> StaticPlan:
+        """Make the plan.
+
+        Raises:
+            ValueError: if no attention was seen.
+        """
+        if not self._mass or self._geometry is None:
+            raise ValueError(
+                "calibration saw no attention to plan; reasons: " + str(run.status().reasons)
+            )
+        geometry, method = self._geometry, self.method
+        forced = run.planner.layout(geometry, torch.device("cpu")).forced
+        masks = 1 + max(index for index, _ in self._mass)
+        layers = 1 + max(layer for _, layer in self._mass)
+        bits, choices = [], []
+        for index in range(masks):
+            row = []
+            for layer in range(layers):
+                mass = self._mass[(index, layer)][None]
+                levels, _ = select(method.select, mass, method.density_at(0.0), forced)
+                tokens = geometry.tokens
+                mask = BlockMask.from_levels(
+                    levels, tokens, tokens, method.block_q, method.block_k
+                )
+                row.append(mask.bits[0])
+            bits.append(torch.stack(row))
+        heads = bits[0].shape[1]
+        for layer in range(layers):
+            choices.append(self._choice.get(layer, torch.zeros(heads, dtype=torch.int32)))
+        return StaticPlan(
+            method, run.model, geometry, self._steps, torch.stack(choices), torch.stack(bits)
+        )
+
+
+def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+

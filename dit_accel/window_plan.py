@@ -1,0 +1,99 @@
+"""Plans that follow from the geometry alone: neighbourhoods in the sense of NATTEN."""
+
+from __future__ import annotations
+
+import torch
+from dit_accel_kernels.types import TokenOrder
+from torch import Tensor
+
+from dit_accel.geometry import TokenGeometry
+from dit_accel.mask import BlockMask
+from dit_accel.method import Method
+from dit_accel.plan import Plan
+from dit_accel.windows import WindowSpec, token_windows, window_for_density, window_levels
+
+__all__ = ["window_plan"]
+
+_BISECTIONS = 7
+
+
+def window_plan(
+    method: Method,
+    geometry: TokenGeometry,
+    names: tuple[str, ...],
+    table: Tensor | None,
+    device: torch.device,
+    density: float,
+    heads: int,
+) -> Plan:
+    """Neighbourhood attention as a plan (arXiv 2204.07143, 2209.15001, 2504.16922).
+
+    Args:
+        method: its window, stride, dilation and causality.
+        geometry: a grid with optional extra tokens, which everybody sees and which see everything.
+        names: name of the token order.
+        table: int32 ``[1, S]`` the token order, or ``None``.
+        device: where the plan goes.
+        density: share of blocks that may be visited, where the method gives no window.
+        heads: attention heads, which share the window.
+
+    Raises:
+        ValueError: without a grid, or if the window does not fit it.
+    """
+    if geometry.grid is None:
+        raise ValueError(f"method {method.name!r} needs frames, height and width, got {geometry}")
+    index = None if table is None else table[0].cpu()
+    if method.window is not None:
+        spec = _spec(method, geometry, method.window)
+        levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
+    else:
+        spec, levels = _largest_within(method, geometry, index, density)
+    tokens = geometry.tokens
+    order = None
+    if table is not None:
+        order = TokenOrder(table, torch.zeros(heads, dtype=torch.int32, device=device))
+    mask = BlockMask.from_levels(
+        levels.to(device), tokens, tokens, method.block_q, method.block_k, partial=True
+    )
+    return Plan(
+        mask=mask,
+        order=order,
+        order_names=names,
+        windows=token_windows(geometry, spec, index, device=device),
+        compensate=False,
+        density=mask.density(),
+        cost=0.0,
+    )
+
+
+def _spec(method: Method, geometry: TokenGeometry, window: int | tuple[int, ...]) -> WindowSpec:
+    return WindowSpec.of(
+        geometry,
+        window=window,
+        stride=method.stride,
+        dilation=method.dilation,
+        causal=method.causal,
+    )
+
+
+def _largest_within(
+    method: Method, geometry: TokenGeometry, index: Tensor | None, density: float
+) -> tuple[WindowSpec, Tensor]:
+    """The largest equal-share window whose visited blocks stay within ``density``.
+
+    Visited blocks are what a kernel computes; on small grids they are far more than visible pairs.
+    """
+    low, high = 0.0, 1.0
+    best: tuple[WindowSpec, Tensor] | None = None
+    for _ in range(_BISECTIONS):
+        share = (low + high) / 2
+        spec = _spec(method, geometry, window_for_density(geometry, share))
+        levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
+        if (levels > 0).float().mean().item() <= density:
+            low, best = share, (spec, levels)
+        else:
+            high = share
+    if best is None:
+        spec = _spec(method, geometry, window_for_density(geometry, low + 1e-6))
+        best = spec, window_levels(geometry, spec, index, method.block_q, method.block_k)
+    return best
