@@ -1,0 +1,187 @@
+"""Where a forward call stands in the denoising loop, from whoever knows without asking the device.
+
+In this order: what the pipeline says (:mod:`dit_accel_patches.context`), the index of its scheduler, the timesteps of the
+calls so far. A timestep on an accelerator is read, which waits for the device, only if nobody else knows the step.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.adapter import StepInfo
+from dit_accel.geometry import TokenGeometry
+from dit_accel_patches.arguments import argument
+
+__all__ = ["Clock"]
+
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+_BRANCHES = ("cond", "uncond")
+# Timesteps reach the model in its dtype: bfloat16 has 8 bits.
+_SAME_TIMESTEP = 1e-2
+_MISSING = object()
+
+
+@dataclass
+class _Last:
+    """The call before."""
+
+    step: int | None = None
+    timestep: float | None = None
+    ordinal: int = 0
+    grid: Any = None
+    schedule: Any = None
+    source: str = "calls"
+
+
+class Clock:
+    """Tells the step of each forward call of one transformer, and when a new run begins.
+
+    Args:
+        pipe: the pipeline whose scheduler drives the transformer, if there is one; held weakly.
+    """
+
+    def __init__(self, pipe: Any | None = None) -> None:
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self._last: _Last | None = None
+        self._scale = 1000.0
+
+    def reset(self) -> None:
+        """Forget the run: the next call is the first of a new one."""
+        self._last = None
+
+    def tick(
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        context: Any,
+        geometry: TokenGeometry | str,
+    ) -> tuple[StepInfo, bool]:
+        """Return where this call stands and whether it begins a new run.
+
+        Args:
+            module: the transformer.
+            args, kwargs: the arguments of its forward call.
+            context: diffusers' ``CacheContext`` of the call, ``None`` if there is none.
+            geometry: token geometry of the call.
+        """
+        raw = _timestep_of(module, args, kwargs)
+        timestep = _to_float(raw, wait=False)
+        now = _Last(timestep=timestep, grid=None if isinstance(geometry, str) else geometry.grid)
+        step, steps = _from_context(context)
+        if step is not None:
+            now.source = "context"
+        else:
+            step, steps, now.schedule = self._from_scheduler(timestep)
+            now.source = "scheduler" if step is not None else "timestep"
+        if step is None:
+            timestep = now.timestep = _to_float(raw, wait=True)
+            now.source = "timestep" if timestep is not None else "calls"
+        now.step = step
+        fresh = self._begins_run(now)
+        name = getattr(context, "name", None)
+        if fresh or self._last is None:
+            if now.source == "timestep" and timestep is not None:
+                # The first timestep of a run is its largest, which tells the models that count from 0 to 1.
+                self._scale = 1000.0 if timestep > 1.0 else 1.0
+                now.step = 0
+        else:
+            self._advance(now, named=name is not None)
+        self._last = now
+        branch = name or (_BRANCHES[now.ordinal] if now.ordinal < 2 else f"branch{now.ordinal}")
+        progress = self._progress(now, steps)
+        info = StepInfo(now.step, steps, progress, str(branch), timestep, now.source)
+        return info, fresh
+
+    def _from_scheduler(self, timestep: float | None) -> tuple[int | None, int | None, Any]:
+        """Step, number of steps and the schedule of the pipeline's scheduler, where they are about this call."""
+        pipe = self._pipe() if self._pipe is not None else None
+        scheduler = getattr(pipe, "scheduler", None)
+        schedule = getattr(scheduler, "timesteps", None)
+        if not isinstance(schedule, Tensor) or not hasattr(scheduler, "step_index"):
+            return None, None, None
+        # A pipeline outside its loop has nothing to say about a call that somebody else makes.
+        loop = getattr(pipe, "_current_timestep", _MISSING)
+        if loop is None:
+            return None, None, None
+        told = _to_float(loop, wait=False)
+        if told is not None and timestep is not None and not _same(told, timestep):
+            return None, None, None
+        step = scheduler.step_index
+        if step is None:
+            step = getattr(scheduler, "begin_index", None) or 0
+        if not isinstance(step, int) or not 0 <= step < len(schedule):
+            return None, None, None
+        return step, len(schedule), weakref.ref(schedule)
+
+    def _begins_run(self, now: _Last) -> bool:
+        last = self._last
+        if last is None:
+            return True
+        if now.grid is not None and last.grid is not None and now.grid != last.grid:
+            return True
+        if now.source != last.source:
+            return False
+        if now.source == "scheduler":
+            if last.schedule is not None and last.schedule() is not now.schedule():
+                return True
+        elif now.source == "timestep":
+            return now.timestep is not None and last.timestep is not None and now.timestep > last.timestep
+        return now.step is not None and last.step is not None and now.step < last.step
+
+    def _advance(self, now: _Last, *, named: bool) -> None:
+        """Number the call within its run and within its step."""
+        last = self._last
+        assert last is not None
+        if now.source == "timestep":
+            same = now.timestep == last.timestep
+            now.step = (last.step or 0) + (0 if same else 1)
+        else:
+            same = now.step is not None and now.step == last.step
+        now.ordinal = last.ordinal + 1 if same and not named else 0
+
+    def _progress(self, now: _Last, steps: int | None) -> float | None:
+        """Fraction of the whole schedule that lies behind, which a second transformer does not begin at 0."""
+        if now.step is not None and steps:
+            value = now.step / steps
+        elif now.timestep is not None:
+            value = 1.0 - now.timestep / self._scale
+        else:
+            return None
+        return min(max(value, 0.0), math.nextafter(1.0, 0.0))
+
+
+def _from_context(context: Any) -> tuple[int | None, int | None]:
+    step = getattr(context, "step_index", None)
+    steps = getattr(context, "num_inference_steps", None)
+    return (step if isinstance(step, int) else None), (steps if isinstance(steps, int) else None)
+
+
+def _timestep_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    for name in _TIMESTEP_NAMES:
+        value = argument(module, args, kwargs, name)
+        if value is not None:
+            return value
+    return None
+
+
+def _to_float(value: Any, *, wait: bool) -> float | None:
+    """The timestep as a number: of a tensor ``[]``, ``[B]`` or ``[B, S]`` the largest, for clean tokens have 0."""
+    if isinstance(value, Tensor):
+        if value.numel() == 0 or value.is_meta or not (wait or value.device.type == "cpu"):
+            return None
+        with torch.no_grad():
+            return float(value.max())
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether two timesteps are one, up to rounding and to models that count from 0 to 1."""
+    return any(abs(a - b * scale) <= _SAME_TIMESTEP * max(abs(a), 1.0) for scale in (1.0, 1000.0))

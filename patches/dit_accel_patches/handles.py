@@ -1,0 +1,106 @@
+"""Which layer is running: handles, the table that finds them by number, and the current one of a thread.
+
+A compiled graph may not hold a Python integer per layer (each value would be compiled again), so a layer is named by a
+0-dim CPU tensor. Whoever reads that tensor finds the Python side of the layer here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from dit_accel.adapter import AttentionRun
+
+__all__ = ["ForwardState", "LayerHandle", "current", "enter", "find", "leave"]
+
+
+class ForwardState:
+    """What the layers of one accelerated transformer share.
+
+    Attributes:
+        run: receives the calls.
+        thread: the thread inside a forward call of the transformer, ``None`` between calls.
+    """
+
+    def __init__(self, run: AttentionRun) -> None:
+        self.run = run
+        self.thread: threading.Thread | None = None
+
+
+class LayerHandle:
+    """One attention layer of one accelerated transformer.
+
+    Attributes:
+        state: shared by the layers of the transformer.
+        index: layer number within the transformer.
+        number: the process-wide number inside ``layer``; never used twice.
+        layer: 0-dim int64 CPU tensor, what compiled graphs take as an input.
+        backend: diffusers' attention backend that the user had chosen for this layer, ``None`` for the active one.
+        sdpa: whether the model calls ``F.scaled_dot_product_attention`` itself.
+    """
+
+    def __init__(self, state: ForwardState, index: int, backend: Any, sdpa: bool) -> None:
+        self.state = state
+        self.index = index
+        self.number = next(_numbers)
+        # The device is said: a default device of CUDA would make every read of it a synchronisation.
+        self.layer = torch.tensor(self.number, dtype=torch.int64, device="cpu")
+        self.backend = backend
+        self.sdpa = sdpa
+        _table[self.number] = self
+
+
+class _Traced:
+    """The handle that Dynamo sees while it traces; only one thread traces at a time."""
+
+    def __init__(self) -> None:
+        self.handle: LayerHandle | None = None
+
+
+class _PerThread(threading.local):
+    """The handle of eager code."""
+
+    handle: LayerHandle | None = None
+
+
+_numbers = itertools.count()
+_table: WeakValueDictionary[int, LayerHandle] = WeakValueDictionary()
+_traced = _Traced()
+# Dynamo cannot guard reliably on a thread-local's attributes, so traced code has a slot of its own.
+_per_thread = _PerThread()
+
+
+def find(number: int) -> LayerHandle | None:
+    """Return the handle with this number, ``None`` if its transformer is gone."""
+    return _table.get(number)
+
+
+def current() -> LayerHandle | None:
+    """Return the handle of the attention processor that is running, if it is one of ours."""
+    if torch.compiler.is_compiling():
+        return _traced.handle
+    # The second covers eager code that runs behind a graph break inside a compiled processor.
+    return _per_thread.handle or _traced.handle
+
+
+def enter(handle: LayerHandle) -> LayerHandle | None:
+    """Make ``handle`` the current one and return the one before."""
+    if torch.compiler.is_compiling():
+        previous = _traced.handle
+        _traced.handle = handle
+    else:
+        previous = _per_thread.handle
+        _per_thread.handle = handle
+    return previous
+
+
+def leave(previous: LayerHandle | None) -> None:
+    """Undo :func:`enter`."""
+    if torch.compiler.is_compiling():
+        _traced.handle = previous
+    else:
+        _per_thread.handle = previous
