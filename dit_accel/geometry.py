@@ -93,9 +93,8 @@ class TokenGeometry:
 
     def __str__(self) -> str:
         body = "x".join(map(str, self.grid)) if self.grid is not None else f"{self.visual} flat"
-        before = f"({self.prefix} text+) " if self.prefix and self.suffix else ""
         if self.prefix and self.suffix:
-            return f"{before}{body} (+{self.suffix} text)"
+            return f"{body} (+{self.prefix} text, +{self.suffix} behind)"
         if self.prefix:
             return f"{body} (+{self.prefix} text)"
         return f"{body} (+{self.suffix} text behind)" if self.suffix else body

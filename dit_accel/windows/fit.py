@@ -32,10 +32,15 @@ def window_for_density(geometry: TokenGeometry, density: float) -> Grid:
         Window along frames, height and width.
 
     Raises:
-        ValueError: ``density`` is outside ``(0, 1]``.
+        ValueError: ``density`` is outside ``(0, 1]``, or below that of the extra tokens and a window of one token.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], got {density}")
+    least = visible_fraction(geometry, WindowSpec(1))
+    if density < least:
+        raise ValueError(
+            f"density must be at least {least:.4f} for {geometry}, since extra tokens are always visible, got {density}"
+        )
     wanted = (density - 1) * geometry.tokens**2 / geometry.visual**2 + 1
     best: tuple[float, Grid] | None = None
     breaks = {k / length for length in geometry.axes for k in range(length + 1)}
