@@ -1,0 +1,297 @@
+"""Who computes block-sparse attention: names, reasons why not, self-tests and the choice.
+
+One function, :func:`why_not`, feeds the choice, the log and the exception alike. A backend that could run is used only
+after :func:`self_test` has seen it agree with the masked reference, on a mask that dense attention would fail.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .lists import lists_from_levels, pack_bits
+from .types import Pooled
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "choose_backend",
+    "register_backend",
+    "require_backend",
+    "run_backend",
+    "self_test",
+    "why_not",
+]
+
+_Run = Callable[..., tuple[Tensor, Tensor]]
+_MAX_HEAD_DIM = 256
+_TRITON_BLOCKS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of block-sparse attention.
+
+    Attributes:
+        name: what the user writes.
+        why_not: reason why it cannot serve, or ``None``; called with ``device``, ``dtype``, ``head_dim``, ``block_q`` and
+            ``block_k`` by keyword. It must be cheap and must not run a kernel.
+        run: called with ``q, k, v, lists`` and the keywords ``scale``, ``order``, ``pooled``, ``windows``, ``key_valid``
+            and ``return_lse``; returns the output and the log-sum-exp, the latter empty or not when it was not asked for.
+        devices: device types for which it is chosen automatically.
+    """
+
+    name: str
+    why_not: Callable[..., str | None]
+    run: _Run
+    devices: tuple[str, ...]
+
+
+def _why_not_reference(**_: Any) -> str | None:
+    return None
+
+
+def _why_not_cpu(*, device: torch.device, dtype: torch.dtype, head_dim: int, **_: Any) -> str | None:
+    if device.type != "cpu":
+        return f"device must be cpu, got {device}"
+    allowed = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if dtype not in allowed:
+        return f"dtype must be one of {allowed}, got {dtype}"
+    return None
+
+
+def _why_not_triton(
+    *, device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"device must be cuda (or cpu with TRITON_INTERPRET=1), got {device}"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability must be at least 8.0, got {major}.{minor}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype must be bfloat16, float16 or float32, got {dtype}"
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        return f"head_dim must be at most {_MAX_HEAD_DIM}, got {head_dim}"
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if size not in _TRITON_BLOCKS:
+            return f"{name} must be one of {_TRITON_BLOCKS}, got {size}"
+    return None
+
+
+def _run_reference(*args: Any, return_lse: bool, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from .block_sparse.reference import block_sparse_reference
+
+    return block_sparse_reference(*args, **kwargs)
+
+
+def _run_cpu(*args: Any, return_lse: bool, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from .block_sparse.cpu import block_sparse_cpu
+
+    return block_sparse_cpu(*args, **kwargs)
+
+
+def _run_triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from .block_sparse.launch import block_sparse_triton
+
+    return block_sparse_triton(*args, **kwargs)
+
+
+# In order of preference.
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend("triton", _why_not_triton, _run_triton, ("cuda",)),
+    "cpu": Backend("cpu", _why_not_cpu, _run_cpu, ("cpu",)),
+    "reference": Backend("reference", _why_not_reference, _run_reference, ("cuda", "cpu")),
+}
+_Key = tuple[Any, ...]
+_self_tests: dict[_Key, str | None] = {}
+_choices: dict[_Key, tuple[str, dict[str, str]]] = {}
+
+
+def register_backend(backend: Backend, *, first: bool = False) -> None:
+    """Add a backend, or replace the one of that name.
+
+    Args:
+        backend: the implementation.
+        first: prefer it to all others instead of to none but the reference.
+    """
+    others = {name: known for name, known in BACKENDS.items() if name != backend.name}
+    reference = {"reference": others.pop("reference")} if "reference" in others else {}
+    new = {backend.name: backend}
+    merged = {**new, **others, **reference} if first else {**others, **new, **reference}
+    BACKENDS.clear()
+    BACKENDS.update(merged)
+    _choices.clear()
+    for key in [key for key in _self_tests if key[0] == backend.name]:
+        del _self_tests[key]
+
+
+def why_not(
+    name: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> str | None:
+    """Say why a backend cannot serve; runs no kernel.
+
+    Args:
+        name: the backend.
+        device: where the tensors are.
+        dtype: of queries, keys and values.
+        head_dim: columns of a head.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+
+    Returns:
+        The reason with the value and what was expected, or ``None`` if it can serve.
+    """
+    if name not in BACKENDS:
+        return f"backend must be one of {tuple(BACKENDS)}, got {name!r}"
+    return BACKENDS[name].why_not(
+        device=torch.device(device), dtype=dtype, head_dim=head_dim, block_q=block_q, block_k=block_k
+    )
+
+
+def self_test(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> str | None:
+    """Compare a backend with the masked reference on some hundred tokens, once per process and key.
+
+    The mask is such that dense attention differs by more than ten times the tolerance, so a backend that ignores it
+    fails. It is tried with and without a pooled remainder.
+
+    Args:
+        name: the backend.
+        device: where it shall run.
+        dtype: of queries, keys and values.
+        head_dim: columns of a head.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+
+    Returns:
+        What went wrong, or ``None``.
+    """
+    device = torch.device(device)
+    if name == "reference":
+        return None
+    key = (name, _where(device), dtype, head_dim, block_q, block_k)
+    if key not in _self_tests:
+        try:
+            _self_tests[key] = _compare(name, device, dtype, head_dim, block_q, block_k)
+        except Exception as error:  # whatever a compiler or driver throws is a reason not to use it
+            _self_tests[key] = f"self-test raised {type(error).__name__}: {error}"
+    return _self_tests[key]
+
+
+def choose_backend(
+    *, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> tuple[str, dict[str, str]]:
+    """Choose the first backend that can serve and passes its self-test.
+
+    Args:
+        device: where the tensors are.
+        dtype: of queries, keys and values.
+        head_dim: columns of a head.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+
+    Returns:
+        Its name, and for each backend that was passed over the reason. Warns once where only the reference is left.
+    """
+    device = torch.device(device)
+    key = (_where(device), dtype, head_dim, block_q, block_k)
+    if key in _choices:
+        return _choices[key]
+    reasons: dict[str, str] = {}
+    chosen = "reference"
+    for name, backend in BACKENDS.items():
+        reason = why_not(name, device=device, dtype=dtype, head_dim=head_dim, block_q=block_q, block_k=block_k)
+        if reason is None and device.type not in backend.devices and name != "reference":
+            reason = f"chosen automatically only on {', '.join(backend.devices)}, got {device}"
+        if reason is None:
+            reason = self_test(name, device, dtype, head_dim, block_q, block_k)
+        if reason is None:
+            chosen = name
+            break
+        reasons[name] = reason
+    if chosen == "reference":
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(f"block-sparse attention uses the slow reference ({why})", stacklevel=3)
+    _choices[key] = chosen, reasons
+    return chosen, reasons
+
+
+def require_backend(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> None:
+    """Raise unless a backend that was asked for by name can serve and passes its self-test.
+
+    Raises:
+        ValueError: unknown, or it cannot serve.
+        RuntimeError: its self-test failed.
+    """
+    reason = why_not(name, device=device, dtype=dtype, head_dim=head_dim, block_q=block_q, block_k=block_k)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot be used: {reason}")
+    reason = self_test(name, device, dtype, head_dim, block_q, block_k)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} failed its self-test: {reason}")
+
+
+def run_backend(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Run a backend without any check; arguments as in :class:`Backend`."""
+    return BACKENDS[name].run(*args, **kwargs)
+
+
+def _where(device: torch.device) -> tuple[Any, ...]:
+    """Name a device such that equal models share their results."""
+    if device.type == "cuda":
+        return device.type, torch.cuda.get_device_name(device)
+    return (device.type,)
+
+
+def _compare(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> str | None:
+    interpreted = name == "triton" and device.type == "cpu"
+    tokens = (2 if interpreted else 6) * max(block_q, block_k) + 24
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen).to(device, dtype)
+
+    q, k, v = draw(1, 2, tokens, head_dim), draw(1, 2, tokens, head_dim), draw(1, 2, tokens, head_dim)
+    qb, kb = -(-tokens // block_q), -(-tokens // block_k)
+    # A checkerboard with the ragged last block visited by every other row; head 1 has the opposite one.
+    board = (torch.arange(qb)[:, None] + torch.arange(kb)) % 2
+    levels = torch.stack([board, 1 - board])[None].to(device, torch.uint8)
+    lists = lists_from_levels(levels, block_q, block_k)
+    count = torch.full((kb,), float(block_k))
+    count[-1] = tokens - (kb - 1) * block_k
+    pooled = Pooled(
+        draw(1, 2, kb, head_dim), draw(1, 2, kb, head_dim), count.log().to(device)[None, None], pack_bits(levels)
+    )
+    tolerance = 2e-5 if dtype in (torch.float32, torch.float64) else 2e-2
+    dense = torch.softmax((q.float() @ k.float().mT) * head_dim**-0.5, -1) @ v.float()
+    for extra in (None, pooled):
+        scale = head_dim**-0.5
+        want, want_lse = _run_reference(q, k, v, lists, scale=scale, pooled=extra, return_lse=True)
+        got, got_lse = run_backend(name, q, k, v, lists, scale=scale, pooled=extra, return_lse=True)
+        what = "with a pooled remainder" if extra is not None else "without a remainder"
+        if _differ(want, dense) < 10 * tolerance:
+            return f"the self-test's mask is too weak to tell sparse from dense {what}"
+        for label, error in (("output", _differ(got, want)), ("log-sum-exp", _differ(got_lse, want_lse))):
+            if not error <= tolerance:
+                return f"{label} differs from the reference by {error:.3g} {what}, at most {tolerance:g} is allowed"
+    return None
+
+
+def _differ(got: Tensor, want: Tensor) -> float:
+    return cast("float", (got.float() - want.float()).abs().max().item())
