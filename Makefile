@@ -25,7 +25,7 @@ PY  := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
 ONE_THREAD := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST     := $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
+PYTEST     := $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
 # A stamp carries the versions asked for: another TORCH is another stamp, so that it is installed.
 KEY  := $(shell printf '%s' '$(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)

@@ -50,27 +50,19 @@ def _probe(module: str) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def probes() -> list[dict[str, Any]]:
-    return [_probe("dit_accel") for _ in range(3)]
+def _optional(modules: list[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules} & set(HEAVY)
 
 
-def test_imports_no_optional_library(probes: list[dict[str, Any]]) -> None:
-    """Beyond what torch itself brings in."""
-    tops = {name.split(".")[0] for name in probes[0]["modules"]}
-    assert not tops & set(HEAVY)
-
-
-def test_touches_no_cuda(probes: list[dict[str, Any]]) -> None:
+def test_import_is_lean() -> None:
+    """No optional library beyond what torch itself brings in, no CUDA, and the best of three under 0.3 s."""
+    probes = [_probe("dit_accel") for _ in range(3)]
+    assert not _optional(probes[0]["modules"])
     assert not probes[0]["cuda"]
-
-
-def test_takes_little_time_beyond_torch(probes: list[dict[str, Any]]) -> None:
     assert min(probe["seconds"] for probe in probes) < 0.3
 
 
 @pytest.mark.parametrize("module", ["dit_accel_kernels", "dit_accel.cli"])
 def test_other_roots_are_lean(module: str) -> None:
     """The kernels' root and the command line import no optional library either."""
-    tops = {name.split(".")[0] for name in _probe(module)["modules"]}
-    assert not tops & set(HEAVY)
+    assert not _optional(_probe(module)["modules"])

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"dit_accel", "dit_accel_kernels", "dit_accel_patches", "dit_accel_eval"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.slow
 
 
 def _run(*command: str, cwd: Path) -> str:
