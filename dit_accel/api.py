@@ -19,6 +19,7 @@ from dit_accel.methods import get_method, load_methods
 from dit_accel.registry import Installation, adapters, find_adapter, install
 from dit_accel.runtime import ModelRun
 from dit_accel.static_plan import Recorder, StaticPlan
+from dit_accel_kernels.backends import BACKENDS
 
 __all__ = [
     "Handle",
@@ -46,9 +47,7 @@ class Handle:
         runs: run state of each transformer, by component name.
     """
 
-    def __init__(
-        self, method: Method, runs: dict[str, ModelRun], installed: dict[str, Installation]
-    ) -> None:
+    def __init__(self, method: Method, runs: dict[str, ModelRun], installed: dict[str, Installation]) -> None:
         self.method = method
         self.runs = runs
         self._installed = installed
@@ -139,6 +138,9 @@ def enable(
         raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
     if not isinstance(min_tokens, int) or min_tokens < 0:
         raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
+    backend = backend or os.environ.get("DIT_ACCEL_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     modules = _transformers(target)
     plans = _plans(plan, list(modules))
     if chosen.static and not plans:
@@ -153,7 +155,7 @@ def enable(
         runs[name] = ModelRun(
             chosen,
             model=type(module).__name__,
-            backend=backend or os.environ.get("DIT_ACCEL_BACKEND") or None,
+            backend=backend,
             min_tokens=min_tokens,
             run_density=run_density,
             static=plans.get(name),
@@ -162,9 +164,7 @@ def enable(
     return _install(target, chosen, modules, runs)
 
 
-def _install(
-    target: Any, method: Method, modules: dict[str, nn.Module], runs: dict[str, ModelRun]
-) -> Handle:
+def _install(target: Any, method: Method, modules: dict[str, nn.Module], runs: dict[str, ModelRun]) -> Handle:
     """Join runs to transformers; all of them or none."""
     pipe = None if isinstance(target, nn.Module) else target
     known = {name: find_adapter(module) for name, module in modules.items()}

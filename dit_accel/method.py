@@ -100,7 +100,7 @@ class Method:
         self._check_density()
         _require(bool(self.name), "name", self.name, "a non-empty string")
         _require(len(self.order) > 0, "order", self.order, "at least one order name")
-        for field, known in (
+        for slot, known in (
             ("order_choice", _ORDER_CHOICES),
             ("score", _SCORES),
             ("select", _SELECTIONS),
@@ -109,11 +109,11 @@ class Method:
             ("block_q", _BLOCKS),
             ("block_k", _BLOCKS),
         ):
-            value = getattr(self, field)
-            _require(value in known, field, value, "one of " + ", ".join(map(repr, known)))
-        for field in ("warmup", "end", "static_share"):
-            value = getattr(self, field)
-            _require(_is_number(value) and 0 <= value <= 1, field, value, "between 0 and 1")
+            value = getattr(self, slot)
+            _require(value in known, slot, value, "one of " + ", ".join(map(repr, known)))
+        for share_name in ("warmup", "end", "static_share"):
+            value = getattr(self, share_name)
+            _require(_is_number(value) and 0 <= value <= 1, share_name, value, "between 0 and 1")
         _require(
             all(_is_number(r) and 0 <= r <= 1 for r in self.refresh),
             "refresh",
@@ -124,9 +124,7 @@ class Method:
 
     def _check_density(self) -> None:
         values = self.density if isinstance(self.density, tuple) else (self.density,)
-        ok = len(values) in (1, 2) and all(
-            _is_number(v) and math.isfinite(v) and 0 < v <= 1 for v in values
-        )
+        ok = len(values) in (1, 2) and all(_is_number(v) and math.isfinite(v) and 0 < v <= 1 for v in values)
         _require(ok, "density", self.density, "above 0 and at most 1, or a pair of such numbers")
 
     def _check_combination(self) -> None:
@@ -169,8 +167,7 @@ class Method:
         unknown = sorted(set(changes) - known)
         if unknown:
             raise ValueError(
-                f"unknown option {', '.join(map(repr, unknown))}; known are "
-                + ", ".join(sorted(known - {"version"}))
+                f"unknown option {', '.join(map(repr, unknown))}; known are " + ", ".join(sorted(known - {"version"}))
             )
         return dataclasses.replace(self, **changes)
 
@@ -196,10 +193,9 @@ class Method:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise ValueError(
-                f"method {data['name']!r} has unknown keys {unknown}; known are {sorted(known)}"
-            )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            raise ValueError(f"method {data['name']!r} has unknown keys {unknown}; known are {sorted(known)}")
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**fields)
 
     def to_json(self) -> str:
         """JSON text."""
@@ -228,13 +224,10 @@ class Method:
         lines.append(f"  selection   {self.select}, density {self.density}")
         lines.append(f"  remainder   {self.compensate}")
         lines.append(f"  blocks      {self.block_q} x {self.block_k}")
-        lines.append(
-            f"  schedule    warm-up {self.warmup:g}, end {self.end:g}, refresh {list(self.refresh)}"
-        )
+        lines.append(f"  schedule    warm-up {self.warmup:g}, end {self.end:g}, refresh {list(self.refresh)}")
         if self.score == "window":
             lines.append(
-                f"  window      {self.window}, stride {self.stride}, dilation {self.dilation}, "
-                f"causal {self.causal}"
+                f"  window      {self.window}, stride {self.stride}, dilation {self.dilation}, causal {self.causal}"
             )
         return "\n".join(lines)
 

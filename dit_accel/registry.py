@@ -44,14 +44,12 @@ _Installer = Callable[..., Installation]
 
 def _load(group: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    points = {point.name: point.load for point in entry_points(group=group)}
-    for name, target in _SHIPPED[group].items():
-        if name not in points:
-            module, _, attribute = target.partition(":")
-            points[name] = lambda m=module, a=attribute: getattr(importlib.import_module(m), a)
-    for name, load in points.items():
+    targets = dict(_SHIPPED[group])
+    targets.update({point.name: point.value for point in entry_points(group=group)})
+    for name, target in targets.items():
+        module, _, attribute = target.partition(":")
         try:
-            found[name] = load()
+            found[name] = getattr(importlib.import_module(module), attribute)
         except ImportError as error:
             warn_once(_logger, (group, name), f"{group} {name!r} could not be loaded: {error}")
     return found
@@ -81,7 +79,5 @@ def install(module: nn.Module, adapter: Adapter, run: AttentionRun, pipe: Any) -
     """
     found: dict[str, _Installer] = _load("dit_accel.installers")
     if "diffusers" not in found:
-        raise RuntimeError(
-            "no integration could be loaded; install dit-accel[diffusers] (see the warning above)"
-        )
+        raise RuntimeError("no integration could be loaded; install dit-accel[diffusers] (see the warning above)")
     return found["diffusers"](module, adapter, run, pipe=pipe)

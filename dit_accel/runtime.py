@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from dit_accel_kernels import attention_lse, choose_backend, dense_attention
-from dit_accel_kernels.types import TokenOrder
 from torch import Tensor, nn
 
 from dit_accel.adapter import DenseFn, StepInfo
@@ -20,6 +19,9 @@ from dit_accel.plan import Plan, execute
 from dit_accel.planner import Planner
 from dit_accel.policy import Action, Policy
 from dit_accel.static_plan import Recorder, StaticPlan
+from dit_accel_kernels import attention_lse, choose_backend, dense_attention
+from dit_accel_kernels.backends import require_backend
+from dit_accel_kernels.types import TokenOrder
 
 __all__ = ["ModelRun"]
 
@@ -82,7 +84,7 @@ class ModelRun:
         self._states: dict[tuple[int, str, int], _LayerState] = {}
         self._geometry: TokenGeometry | str = "the transformer was not entered through its forward"
         self._step = StepInfo()
-        self._backends: dict[tuple[torch.device, torch.dtype, int], str] = {}
+        self._backends: dict[tuple[Any, ...], tuple[str, str | None]] = {}
         self._fresh = True
 
     @property
@@ -159,7 +161,7 @@ class ModelRun:
         if plan is None:
             self._count_dense(layer, "warm-up" if not self.policy.dense_tail(self._step) else "end")
             return dense(query, key, value)
-        backend = self._backend_for(q)
+        backend = self.ledger.backend
         out = execute(plan, q, k, v, scale=scale, key_valid=key_valid, backend=backend)
         return out.transpose(1, 2)
 
@@ -177,15 +179,13 @@ class ModelRun:
             return reason
         if tokens < self.min_tokens:
             return f"{tokens} tokens are fewer than min_tokens={self.min_tokens}"
-        if self._geometry.grid is None and (
-            self.method.score == "window" or self.method.order != ("raster",)
-        ):
+        if self._geometry.grid is None and (self.method.score == "window" or self.method.order != ("raster",)):
             return f"method {self.method.name!r} needs a grid, the geometry is {self._geometry}"
         if query.requires_grad and torch.is_grad_enabled():
             return "gradients are needed, sparse attention is for inference"
-        return self._why_no_static(tokens, layer)
+        return self._why_no_static(layer) or self._why_no_backend(query)
 
-    def _why_no_static(self, tokens: int, layer: int) -> str | None:
+    def _why_no_static(self, layer: int) -> str | None:
         if not self.method.static or self.recorder is not None:
             return None
         if self.static is None:
@@ -255,9 +255,7 @@ class ModelRun:
         order: TokenOrder | None,
     ) -> Plan:
         density = self._density(q, geometry)
-        plan = self.planner.plan(
-            q, k, lse, geometry, density=density, scale=scale, key_valid=key_valid, order=order
-        )
+        plan = self.planner.plan(q, k, lse, geometry, density=density, scale=scale, key_valid=key_valid, order=order)
         if self._will_refresh():
             plan.lse = lse
         if plan.order is not None:
@@ -289,23 +287,33 @@ class ModelRun:
             for plan in plans:
                 plan.mask.drop_lists()
 
-    def _backend_for(self, q: Tensor) -> str:
-        key = (q.device, q.dtype, q.shape[-1])
+    def _why_no_backend(self, query: Tensor) -> str | None:
+        """Choose the kernel backend for this device, dtype and head size, or say why there is none.
+
+        Raises:
+            ValueError: if the backend that was asked for cannot run here.
+            RuntimeError: if it failed its self-test.
+        """
+        need: dict[str, Any] = {
+            "device": query.device,
+            "dtype": query.dtype,
+            "head_dim": query.shape[-1],
+            "block_q": self.method.block_q,
+            "block_k": self.method.block_k,
+        }
+        key = tuple(need.values())
         if key not in self._backends:
-            name, reasons = choose_backend(
-                self.backend,
-                device=q.device,
-                dtype=q.dtype,
-                head_dim=q.shape[-1],
-                block_q=self.method.block_q,
-                block_k=self.method.block_k,
-            )
-            for other, reason in reasons.items():
-                _logger.info("backend %s is not used: %s", other, reason)
-            self._backends[key] = name
-            self.ledger.backend = name
-        self.ledger.backend = self._backends[key]
-        return self._backends[key]
+            if self.backend is not None:
+                require_backend(self.backend, **need)
+                self._backends[key] = (self.backend, None)
+            else:
+                name, reasons = choose_backend(**need)
+                told = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+                missing = f"no fast backend ({told})" if name == "reference" else None
+                self._backends[key] = (name, missing)
+        name, reason = self._backends[key]
+        self.ledger.backend = "" if reason else name
+        return reason
 
     def _count_dense(self, layer: int, reason: str) -> None:
         self.ledger.count_dense(self._step.step, layer, reason)
@@ -313,6 +321,4 @@ class ModelRun:
             warn_once(_logger, (self.model, reason), f"{self.model} stays dense: {reason}")
 
     def _count_sparse(self, plan: Plan, layer: int, *, reused: bool) -> None:
-        self.ledger.count_sparse(
-            self._step.step, layer, plan.density, plan.pooled_density, reused=reused
-        )
+        self.ledger.count_sparse(self._step.step, layer, plan.density, plan.pooled_density, reused=reused)

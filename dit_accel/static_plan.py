@@ -146,24 +146,19 @@ class StaticPlan:
         if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a static plan of dit_accel")
         if meta["version"] > _VERSION:
-            raise ValueError(
-                f"{path} has version {meta['version']}, this dit_accel reads up to {_VERSION}"
-            )
+            raise ValueError(f"{path} has version {meta['version']}, this dit_accel reads up to {_VERSION}")
         try:
             grid, prefix, suffix = meta["geometry"]
             geometry = TokenGeometry(tuple(grid), prefix, suffix)
             method = Method.from_dict(meta["method"])
-            plan = cls(
-                method, meta["model"], geometry, meta["steps"], tensors["head_choice"], tensors["bits"]
-            )
+            plan = cls(method, meta["model"], geometry, meta["steps"], tensors["head_choice"], tensors["bits"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is a static plan with parts missing: {error!r}") from None
         rows = -(-geometry.tokens // method.block_q)
-        words = -(-(-(-geometry.tokens // method.block_k)) // 32)
+        columns = -(-geometry.tokens // method.block_k)
+        words = -(-columns // 32)
         if plan.bits.ndim != 5 or tuple(plan.bits.shape[3:]) != (rows, words):
-            raise ValueError(
-                f"{path}: masks must be [M, L, H, {rows}, {words}], got {list(plan.bits.shape)}"
-            )
+            raise ValueError(f"{path}: masks must be [M, L, H, {rows}, {words}], got {list(plan.bits.shape)}")
         return plan
 
 
@@ -240,9 +235,7 @@ class Recorder:
         table = run.planner.layout(geometry, q.device).table
         assert table is not None
         rows = sampled_rows(-(-q.shape[2] // method.block_q), q.device)
-        return paro_scores(
-            q, k, lse, table, rows, block_q=method.block_q, block_k=method.block_k, scale=scale
-        )
+        return paro_scores(q, k, lse, table, rows, block_q=method.block_q, block_k=method.block_k, scale=scale)
 
     def finish(self, run: ModelRun) -> StaticPlan:
         """Make the plan.
@@ -251,9 +244,7 @@ class Recorder:
             ValueError: if no attention was seen.
         """
         if not self._mass or self._geometry is None:
-            raise ValueError(
-                "calibration saw no attention to plan; reasons: " + str(run.status().reasons)
-            )
+            raise ValueError("calibration saw no attention to plan; reasons: " + str(run.status().reasons))
         geometry, method = self._geometry, self.method
         forced = run.planner.layout(geometry, torch.device("cpu")).forced
         masks = 1 + max(index for index, _ in self._mass)
@@ -265,20 +256,14 @@ class Recorder:
                 mass = self._mass[(index, layer)][None]
                 levels, _ = select(method.select, mass, method.density_at(0.0), forced)
                 tokens = geometry.tokens
-                mask = BlockMask.from_levels(
-                    levels, tokens, tokens, method.block_q, method.block_k
-                )
+                mask = BlockMask.from_levels(levels, tokens, tokens, method.block_q, method.block_k)
                 row.append(mask.bits[0])
             bits.append(torch.stack(row))
         heads = bits[0].shape[1]
         for layer in range(layers):
             choices.append(self._choice.get(layer, torch.zeros(heads, dtype=torch.int32)))
-        return StaticPlan(
-            method, run.model, geometry, self._steps, torch.stack(choices), torch.stack(bits)
-        )
+        return StaticPlan(method, run.model, geometry, self._steps, torch.stack(choices), torch.stack(bits))
 
 
 def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
-
-

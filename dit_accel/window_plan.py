@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from dit_accel_kernels.types import TokenOrder
 from torch import Tensor
 
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
 from dit_accel.plan import Plan
-from dit_accel.windows import WindowSpec, token_windows, window_for_density, window_levels
+from dit_accel.windows import WindowSpec, token_windows, visible_fraction, window_for_density, window_levels
+from dit_accel_kernels.types import TokenOrder, TokenWindows
 
 __all__ = ["window_plan"]
 
@@ -44,56 +44,52 @@ def window_plan(
         raise ValueError(f"method {method.name!r} needs frames, height and width, got {geometry}")
     index = None if table is None else table[0].cpu()
     if method.window is not None:
-        spec = _spec(method, geometry, method.window)
+        spec = WindowSpec(method.window, method.stride, method.dilation, method.causal)
         levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
     else:
         spec, levels = _largest_within(method, geometry, index, density)
     tokens = geometry.tokens
+    windows = token_windows(geometry, spec, index)
     order = None
     if table is not None:
         order = TokenOrder(table, torch.zeros(heads, dtype=torch.int32, device=device))
-    mask = BlockMask.from_levels(
-        levels.to(device), tokens, tokens, method.block_q, method.block_k, partial=True
-    )
+    mask = BlockMask.from_levels(levels.to(device), tokens, tokens, method.block_q, method.block_k, partial=True)
     return Plan(
         mask=mask,
         order=order,
         order_names=names,
-        windows=token_windows(geometry, spec, index, device=device),
+        windows=TokenWindows(windows.q_lo.to(device), windows.q_hi.to(device), windows.k_code.to(device)),
         compensate=False,
         density=mask.density(),
         cost=0.0,
     )
 
 
-def _spec(method: Method, geometry: TokenGeometry, window: int | tuple[int, ...]) -> WindowSpec:
-    return WindowSpec.of(
-        geometry,
-        window=window,
-        stride=method.stride,
-        dilation=method.dilation,
-        causal=method.causal,
-    )
+def _fitted_spec(method: Method, window: tuple[int, int, int]) -> WindowSpec:
+    """The spec of a window that was found, not given: a scalar stride is cut to it."""
+    stride = method.stride
+    if not isinstance(stride, tuple):
+        stride = tuple(min(stride, size) for size in window)
+    return WindowSpec(window, stride, method.dilation, method.causal)
 
 
 def _largest_within(
     method: Method, geometry: TokenGeometry, index: Tensor | None, density: float
 ) -> tuple[WindowSpec, Tensor]:
-    """The largest equal-share window whose visited blocks stay within ``density``.
+    """The largest equal-share window whose visited blocks stay within ``density``, or the smallest there is.
 
     Visited blocks are what a kernel computes; on small grids they are far more than visible pairs.
     """
-    low, high = 0.0, 1.0
-    best: tuple[WindowSpec, Tensor] | None = None
+    least = visible_fraction(geometry, WindowSpec(1))
+    low, high = least, 1.0
+    spec = _fitted_spec(method, window_for_density(geometry, least))
+    best = spec, window_levels(geometry, spec, index, method.block_q, method.block_k)
     for _ in range(_BISECTIONS):
         share = (low + high) / 2
-        spec = _spec(method, geometry, window_for_density(geometry, share))
+        spec = _fitted_spec(method, window_for_density(geometry, share))
         levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
         if (levels > 0).float().mean().item() <= density:
             low, best = share, (spec, levels)
         else:
             high = share
-    if best is None:
-        spec = _spec(method, geometry, window_for_density(geometry, low + 1e-6))
-        best = spec, window_levels(geometry, spec, index, method.block_q, method.block_k)
     return best
