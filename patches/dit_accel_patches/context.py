@@ -8,6 +8,7 @@ hooks are removed in another order than last in first out, never meets it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,16 +20,20 @@ HOOK = "dit_accel"
 
 
 class ContextHook:
-    """Keeps the latest ``CacheContext`` of one transformer and counts the resets."""
+    """Keeps the latest ``CacheContext`` of one transformer and passes the end of a run on.
+
+    Args:
+        end_of_run: called with the transformer when a pipeline is done with it.
+    """
 
     _is_stateful = True
 
-    def __init__(self) -> None:
+    def __init__(self, end_of_run: Callable[[nn.Module], None]) -> None:
         from diffusers.hooks.hooks import StateManager
 
         self.fn_ref: Any = None
         self.manager = StateManager(object)
-        self.resets = 0
+        self._end_of_run = end_of_run
 
     @property
     def context(self) -> Any:
@@ -37,7 +42,7 @@ class ContextHook:
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by the pipeline when it is done."""
-        self.resets += 1
+        self._end_of_run(module)
         return module
 
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
@@ -45,12 +50,12 @@ class ContextHook:
         return module
 
 
-def add_hook(module: nn.Module) -> ContextHook:
+def add_hook(module: nn.Module, end_of_run: Callable[[nn.Module], None]) -> ContextHook:
     """Put a hook in front of the hooks of ``module``, without touching its ``forward``."""
     from diffusers.hooks.hooks import HookFunctionReference, HookRegistry
 
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    hook = ContextHook()
+    hook = ContextHook(end_of_run)
     hook.fn_ref = HookFunctionReference()
     first = registry._fn_refs[0] if registry._fn_refs else None
     # Only read if somebody else removes the hook: then the hook behind it gets the forward that it has already.

@@ -79,8 +79,9 @@ class Installation:
         self._records = [
             Layer(path, layer, index, self._state, member) for index, (path, layer) in enumerate(found)
         ]
-        self._hook = add_hook(module)
-        self._resets = self._hook.resets
+        # A function of this module, not a method of ours: a copied transformer copies its hooks.
+        self._hook = add_hook(module, _end_of_run)
+        self._used = False
         module.__dict__[_KEY] = self
         module.register_forward_pre_hook(_before_forward, with_kwargs=True)
         # always_call: a forward call that raises must not leave the transformer marked as busy.
@@ -117,19 +118,17 @@ class Installation:
             record.restore()
         if module.__dict__.get(_KEY) is self:
             _clean(module)
-        self.run.reset()
+        self.end_run()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start of a forward call of the transformer."""
         self._claim()
         self.check()
         geometry = self._geometry(module, args, kwargs)
-        if self._resets != self._hook.resets:
-            self._resets = self._hook.resets
-            self._clock.reset()
         step, fresh = self._clock.tick(module, args, kwargs, self._hook.context, geometry)
         if fresh:
-            self.run.reset()
+            self._forget_run()
+        self._used = True
         self.run.begin_forward(geometry, step)
         for record in self._records:
             if record.skipped is not None:
@@ -139,6 +138,16 @@ class Installation:
         """End of a forward call, also of one that raised."""
         if self._state.thread is threading.current_thread():
             self._state.thread = None
+
+    def end_run(self) -> None:
+        """The pipeline is done: free what belongs to its run, and begin the next call from step 0."""
+        self._clock.reset()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        if self._used:
+            self._used = False
+            self.run.reset()
 
     def _claim(self) -> None:
         """Mark the transformer as busy: a run is one denoising loop, and two at once would mix their steps."""
@@ -192,6 +201,12 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
     installation = module.__dict__.get(_KEY)
     if isinstance(installation, Installation):
         installation.end()
+
+
+def _end_of_run(module: nn.Module) -> None:
+    installation = module.__dict__.get(_KEY)
+    if isinstance(installation, Installation):
+        installation.end_run()
 
 
 def _clean(module: nn.Module) -> None:

@@ -52,12 +52,17 @@ def plain(processor: Any) -> Any:
     """Return a shallow copy of a processor, wrapped or not, as the class it came with."""
     cls = type(processor)
     base = getattr(cls, "_dit_accel_base", cls)
-    result = base.__new__(base)
-    result.__dict__.update(processor.__dict__)
+    result = _rebuild(base, processor.__dict__)
     handle = result.__dict__.pop(HANDLE, None)
     if isinstance(handle, LayerHandle) and "_attention_backend" in result.__dict__:
         result._attention_backend = handle.backend
     return result
+
+
+def _rebuild(cls: type, state: dict[str, Any]) -> Any:
+    processor = cls.__new__(cls)
+    processor.__dict__.update(state)
+    return processor
 
 
 def _subclass(cls: type) -> type:
@@ -77,7 +82,7 @@ def _subclass(cls: type) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Copies and files get the model's own processor: a layer number means nothing outside its transformer.
-        return plain(self).__reduce_ex__(protocol)
+        return _rebuild, (cls, plain(self).__dict__)
 
     name = f"DitAccel{cls.__name__}"
     while hasattr(sys.modules[__name__], name):
