@@ -1,0 +1,132 @@
+"""The command line: ``dit-accel demo``, ``methods``, ``models``, ``env``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Sparse attention for diffusion transformers: one line, measured quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_JSON = typer.Option(False, "--json", help="Print JSON instead of a table.")
+
+
+def main() -> None:
+    """Entry point of the ``dit-accel`` command."""
+    app()
+
+
+def _version(value: bool) -> None:
+    if value:
+        from dit_accel._version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def _fail(message: object) -> typer.Exit:
+    """Say one line on standard error and leave with code 2."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False, style="red")
+    return typer.Exit(2)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0)
+    return table
+
+
+@app.command()
+def methods(
+    name: str | None = typer.Argument(None, help="Print every slot of this method."), as_json: bool = _JSON
+) -> None:
+    """List the methods with their slots and papers."""
+    import dit_accel
+    from dit_accel.methods import get_method
+
+    if name is None:
+        found = dit_accel.methods()
+    else:
+        try:
+            found = [get_method(name)]
+        except ValueError as error:
+            raise _fail(error) from None
+    if as_json:
+        _print_json([method.to_dict() for method in found])
+        return
+    if name is not None:
+        print(found[0].describe())
+        return
+    table = _table("methods", "name", "paper", "scores, selection, density, remainder", "what it is")
+    for method in found:
+        slots = f"{method.score}, {method.select}, {method.density}, {method.compensate}"
+        table.add_row(method.name, method.paper or "", slots, method.summary)
+    Console().print(table)
+
+
+@app.command()
+def models(as_json: bool = _JSON) -> None:
+    """List the transformer classes that can be accelerated."""
+    import dit_accel
+
+    rows = dit_accel.supported_models()
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        raise _fail("no integration could be loaded; install dit-accel[diffusers]")
+    table = _table("models", "model", "family", "task", "note")
+    for row in rows:
+        table.add_row(row["model"], row["family"], row["task"], row["note"])
+    Console().print(table)
+
+
+@app.command()
+def env(as_json: bool = _JSON) -> None:
+    """Show versions, GPUs, and each backend with the reason why it is usable or not."""
+    from dit_accel.env import collect
+
+    data = collect()
+    if as_json:
+        _print_json(data)
+        return
+    console = Console()
+    table = _table("environment", "what", "value")
+    table.add_row("python", f"{data['python']} on {data['platform']}")
+    for package, version in data["versions"].items():
+        table.add_row(package, version or "not installed")
+    table.add_row("cuda / hip", f"{data['cuda'] or 'none'} / {data['hip'] or 'none'}")
+    for gpu in data["gpus"]:
+        table.add_row(f"gpu {gpu['index']}", f"{gpu['name']}, {gpu['memory_gib']} GiB, sm {gpu['capability']}")
+    if not data["gpus"]:
+        table.add_row("gpu", f"none that torch sees; {data['cpu']['threads']} CPU threads")
+    for variable, value in data["variables"].items():
+        table.add_row(variable, value)
+    console.print(table)
+    table = _table("backends", "name", "usable", "why")
+    for row in data["backends"]:
+        why = row["reason"] or f"equals the reference ({row['tested']}){', the automatic choice' * row['automatic']}"
+        table.add_row(row["name"], "yes" if row["usable"] else "no", why)
+    console.print(table)
