@@ -16,10 +16,14 @@ import dit_accel_kernels
 
 # To change the public API: change this list, the changelog and docs/reference/ in the same commit.
 PUBLIC = [
+    "Adapter",
     "BlockMask",
     "Handle",
+    "LayerStatus",
     "Method",
+    "RunStatus",
     "StaticPlan",
+    "StepInfo",
     "TokenGeometry",
     "__version__",
     "calibrate",
