@@ -1,0 +1,106 @@
+"""Tile shapes of the Triton kernel as data: no autotuning at the first call. Imports no triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["TileConfig", "split_head_dim", "tile_config"]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one program is shaped.
+
+    Attributes:
+        block_m: query rows of a program, at most the query block.
+        block_n: keys of one step, at most the key block.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        tma: whether K and V come through tensor descriptors where strides and addresses allow.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+# (architecture, largest padded head size, bytes of an element): first match wins. sm_90 with 64 and 128 was measured on
+# an H200; the others are chosen so that nothing spills and shared memory suffices (99 KiB on sm_89, 64 KiB on gfx942).
+_TABLE: tuple[tuple[str, int, int, TileConfig], ...] = (
+    ("sm_90", 64, 2, TileConfig(64, 128, 4, 2, tma=True)),
+    ("sm_90", 128, 2, TileConfig(128, 64, 4, 3, tma=True)),
+    ("sm_90", 256, 2, TileConfig(64, 64, 4, 2, tma=True)),
+    ("sm_90", 64, 4, TileConfig(64, 64, 4, 2)),
+    ("sm_90", 256, 4, TileConfig(64, 32, 4, 2)),
+    ("sm_100", 128, 2, TileConfig(128, 64, 4, 3, tma=True)),
+    ("sm_100", 256, 2, TileConfig(64, 64, 4, 2, tma=True)),
+    ("sm_100", 256, 4, TileConfig(64, 32, 4, 2)),
+    ("sm_80", 64, 2, TileConfig(128, 64, 4, 3)),
+    ("sm_80", 128, 2, TileConfig(128, 64, 8, 3)),
+    ("sm_80", 256, 2, TileConfig(64, 32, 4, 2)),
+    ("sm_80", 256, 4, TileConfig(64, 32, 4, 2)),
+    ("sm_89", 64, 2, TileConfig(128, 64, 4, 2)),
+    ("sm_89", 128, 2, TileConfig(128, 64, 8, 2)),
+    ("sm_89", 256, 2, TileConfig(64, 32, 4, 2)),
+    ("sm_89", 128, 4, TileConfig(64, 32, 4, 2)),
+    ("sm_89", 256, 4, TileConfig(32, 32, 4, 1)),
+    ("hip", 128, 2, TileConfig(128, 64, 4, 1)),
+    ("hip", 256, 2, TileConfig(64, 32, 4, 1)),
+    ("hip", 256, 4, TileConfig(64, 32, 4, 1)),
+)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Split a head size into two powers of two that waste few columns.
+
+    Args:
+        head_dim: columns of a head.
+
+    Returns:
+        ``(first, second)``; ``second`` is 0 where one part serves as well. 96 gives (64, 32), 72 gives (64, 16).
+    """
+    first = 16
+    while first * 2 <= head_dim:
+        first *= 2
+    if head_dim <= first:
+        return first, 0
+    second = 16
+    while second < head_dim - first:
+        second *= 2
+    return (first, second) if second < first else (2 * first, 0)
+
+
+def tile_config(arch: str, head_dim: int, itemsize: int, block_q: int, block_k: int) -> TileConfig:
+    """Choose the shape of a program.
+
+    Args:
+        arch: ``"hip"``, ``"interpreter"`` or ``"sm_<major><minor>"``.
+        head_dim: columns of a head, up to 256.
+        itemsize: bytes of an element, 2 or 4.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+
+    Returns:
+        A shape that fits the blocks.
+    """
+    if arch == "interpreter":
+        return TileConfig(block_q, block_k, 4, 1)
+    family = arch
+    if arch.startswith("sm_"):
+        number = int(arch[3:])
+        # Consumer cards (86, 89, 120) have 99 KiB of shared memory a block.
+        big = "sm_80" if number in (80, 87) else "sm_90" if number == 90 else "sm_100"
+        family = big if number in (80, 87, 90) or 100 <= number < 120 else "sm_89"
+    padded = sum(split_head_dim(head_dim))
+    for name, limit, size, config in _TABLE:
+        if name == family and padded <= limit and itemsize == size:
+            return TileConfig(
+                min(config.block_m, block_q),
+                min(config.block_n, block_k),
+                config.num_warps,
+                config.num_stages,
+                config.tma,
+            )
+    raise ValueError(f"no tile shape for {arch=}, {head_dim=}, {itemsize=}: head_dim must be at most 256")

@@ -1,0 +1,215 @@
+"""From tensors to a launch of the Triton kernel: strides, tile shape and tensor descriptors."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
+from .configs import TileConfig, split_head_dim, tile_config
+from .triton import block_sparse_fwd_kernel
+
+__all__ = ["block_sparse_triton", "tma_reason"]
+
+# Offsets within a tile of up to 256 tokens are 32-bit.
+_MAX_TOKEN_STRIDE = 2**31 // 256 - 1
+
+
+def block_sparse_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    order: TokenOrder | None = None,
+    pooled: Pooled | None = None,
+    windows: TokenWindows | None = None,
+    key_valid: Tensor | None = None,
+    return_lse: bool = True,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`~.reference.block_sparse_reference` means on a GPU, or in Triton's interpreter.
+
+    Args:
+        q: ``[B, H, Sq, D]``, natural order.
+        k: ``[B, H, Sk, D]``, block order.
+        v: ``[B, H, Sk, D]``, block order.
+        lists: blocks that each query block visits.
+        scale: positive factor of the logits.
+        order: order of the queries.
+        pooled: what stands for the blocks that are not visited.
+        windows: token windows of partial blocks; without them partial blocks are whole.
+        key_valid: bool ``[B, Sk]``, false for padding.
+        return_lse: compute the log-sum-exp; otherwise an empty tensor stands for it.
+        config: shape of a program, to tune or test; by default from the table, without tensor descriptors where
+            they cannot be used.
+
+    Returns:
+        The output with the strides and dtype of ``q``, and the log-sum-exp, float32 ``[B, H, Sq]``.
+
+    Raises:
+        ValueError: tokens lie too far apart, or ``config`` asks for descriptors that cannot be had.
+    """
+    batch, heads, sq, dim = q.shape
+    sk = k.shape[2]
+    for name, x in (("k", k), ("v", v)):
+        if x.stride(2) > _MAX_TOKEN_STRIDE:
+            raise ValueError(f"the token stride of {name} must be at most {_MAX_TOKEN_STRIDE}, got {x.stride(2)}")
+    arch = _arch(q.device)
+    reason = tma_reason(k, v, arch, key_valid is not None)
+    if config is None:
+        config = tile_config(arch, dim, q.element_size(), lists.block_q, lists.block_k)
+    elif config.tma and reason is not None:
+        raise ValueError(f"tensor descriptors cannot be used: {reason}")
+    if lists.block_q % config.block_m or lists.block_k % config.block_n:
+        raise ValueError(f"{config} does not divide blocks of {lists.block_q} and {lists.block_k} tokens")
+    use_tma = config.tma and reason is None
+    d0, d1 = split_head_dim(dim)
+    out = torch.empty_like(q)
+    lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    args: dict[str, Any] = {"q": q, "k": k, "v": v, "k_hi": None, "v_hi": None, "out": out, "scale": scale}
+    if use_tma:
+        args["k"], args["v"] = (_descriptor(x, config.block_n, d0) for x in (k, v))
+        if d1:
+            args["k_hi"], args["v_hi"] = (_descriptor(x, config.block_n, d1) for x in (k, v))
+    args["lse"] = lse if return_lse else None
+    args |= _list_args(lists) | _order_args(order) | _pooled_args(pooled) | _window_args(windows)
+    args["key_valid"] = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        args[f"{name}_b"], args[f"{name}_h"], args[f"{name}_s"] = x.stride()[:3]
+    grid = (-(-sq // config.block_m), heads, batch)
+    with _on(q.device):
+        block_sparse_fwd_kernel[grid](
+            **args,
+            sq=sq,
+            sk=sk,
+            D=dim,
+            D0=d0,
+            D1=d1,
+            BLOCK_Q=lists.block_q,
+            BLOCK_K=lists.block_k,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            TMA=use_tma,
+            PRECISION=_precision(arch, q.dtype),
+            EVEN_K=sk % lists.block_k == 0,
+            HAS_PARTIAL=lists.partial is not None,
+            HAS_WINDOWS=windows is not None,
+            HAS_VALID=key_valid is not None,
+            HAS_ORDER=order is not None,
+            HAS_POOLED=pooled is not None,
+            HAS_LSE=return_lse,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+def tma_reason(k: Tensor, v: Tensor, arch: str, key_valid: bool = False) -> str | None:
+    """Say why tensor descriptors cannot read ``k`` and ``v``, or return ``None``.
+
+    Args:
+        k: ``[B, H, Sk, D]``.
+        v: ``[B, H, Sk, D]``.
+        arch: as in :func:`~.configs.tile_config`.
+        key_valid: whether some keys are padding. Their values may be NaN, which only a masked load keeps out.
+    """
+    if arch != "interpreter" and not (arch.startswith("sm_") and int(arch[3:]) >= 90):
+        return f"the architecture must be sm_90 or newer, got {arch}"
+    if key_valid:
+        return "key_valid needs masked loads"
+    for name, x in (("k", k), ("v", v)):
+        size = x.element_size()
+        strides = [s * size for n, s in zip(x.shape[:3], x.stride()[:3]) if n > 1]
+        if x.data_ptr() % 16 or any(s % 16 or s <= 0 for s in strides):
+            return f"{name} must have addresses and strides that are multiples of 16 bytes, got strides {strides}"
+    return None
+
+
+def _descriptor(x: Tensor, block_n: int, width: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # The stride of a dimension of size 1 is never used but must look valid.
+    strides = [s if n > 1 else x.shape[3] * 16 for n, s in zip(x.shape, x.stride())]
+    strides[3] = 1
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, block_n, width])
+
+
+def _broadcast(x: Tensor) -> tuple[int, int]:
+    """Strides of a contiguous tensor's first two dimensions, 0 where it is shared."""
+    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
+
+
+def _list_args(lists: BlockLists) -> dict[str, Any]:
+    row_start = lists.row_start.contiguous()
+    batch, head = _broadcast(row_start)
+    return {
+        "row_start": row_start,
+        "full": lists.full.contiguous(),
+        "partial": None if lists.partial is None else lists.partial.contiguous(),
+        "indices": lists.indices.contiguous(),
+        "list_b": batch,
+        "list_h": head,
+    }
+
+
+def _order_args(order: TokenOrder | None) -> dict[str, Any]:
+    if order is None:
+        return {"table": None, "head_row": None}
+    return {"table": order.table.contiguous(), "head_row": order.head.contiguous()}
+
+
+def _pooled_args(pooled: Pooled | None) -> dict[str, Any]:
+    args: dict[str, Any] = dict.fromkeys(("pool_k", "pool_v", "bias", "bits"))
+    args |= dict.fromkeys(
+        [f"{x}_{dim}" for x in ("pool_k", "pool_v") for dim in "bhs"] + ["bits_b", "bits_h", "bias_b", "bias_h"], 0
+    )
+    if pooled is not None:
+        bias, bits = pooled.bias.contiguous(), pooled.bits.contiguous()
+        args |= {"pool_k": pooled.k, "pool_v": pooled.v, "bias": bias, "bits": bits}
+        for name, x in (("pool_k", pooled.k), ("pool_v", pooled.v)):
+            args[f"{name}_b"], args[f"{name}_h"], args[f"{name}_s"] = x.stride()[:3]
+        args["bits_b"], args["bits_h"] = _broadcast(bits)
+        args["bias_b"], args["bias_h"] = _broadcast(bias)
+    return args
+
+
+def _window_args(windows: TokenWindows | None) -> dict[str, Any]:
+    if windows is None:
+        return {"q_lo": None, "q_hi": None, "k_code": None}
+    return {
+        "q_lo": windows.q_lo.contiguous(),
+        "q_hi": windows.q_hi.contiguous(),
+        "k_code": windows.k_code.contiguous(),
+    }
+
+
+def _precision(arch: str, dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "tf32"  # ignored: it says how float32 operands are multiplied
+    return "tf32x3" if arch.startswith("sm_") else "ieee"
+
+
+def _arch(device: torch.device) -> str:
+    if device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    return _gpu_arch(device)
+
+
+@lru_cache(maxsize=64)
+def _gpu_arch(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` current: Triton launches on the current one, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

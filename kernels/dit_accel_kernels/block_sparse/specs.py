@@ -1,0 +1,111 @@
+"""Representative compile-time configurations of the Triton kernel, for ahead-of-time compilation. Imports no triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..aot_spec import ALL_TARGETS, AotSpec
+from .configs import TileConfig, split_head_dim, tile_config
+
+__all__ = ["aot_specs"]
+
+_POINTERS = {
+    "row_start": "*i32",
+    "full": "*i32",
+    "indices": "*i32",
+    "lse": "*fp32",
+}
+_OPTIONAL = {
+    "HAS_PARTIAL": {"partial": "*i32"},
+    "HAS_ORDER": {"table": "*i32", "head_row": "*i32"},
+    "HAS_POOLED": {"pool_k": "*x", "pool_v": "*x", "bias": "*fp32", "bits": "*i32"},
+    "HAS_WINDOWS": {"q_lo": "*i32", "q_hi": "*i32", "k_code": "*i32"},
+    "HAS_VALID": {"key_valid": "*u8"},
+}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def aot_specs(kernel: Any) -> list[AotSpec]:
+    """List the configurations of ``kernel`` that stand for all that users meet."""
+    specs = []
+    for target in ALL_TARGETS:
+        arch = target if target.startswith("sm_") else "hip"
+        precision = "tf32x3" if target.startswith("sm_") else "ieee"
+        cases: list[tuple[str, int, str, dict[str, bool]]] = [
+            ("plain", 64, "bf16", {}),
+            ("plain", 128, "bf16", {}),
+            ("ragged", 128, "fp16", {"EVEN_K": False}),
+            ("ragged", 96, "bf16", {"EVEN_K": False}),
+            ("ragged", 72, "bf16", {"EVEN_K": False}),
+            ("plain", 256, "bf16", {}),
+            ("pooled+order", 64, "bf16", {"HAS_POOLED": True, "HAS_ORDER": True}),
+            ("pooled+order", 128, "bf16", {"HAS_POOLED": True, "HAS_ORDER": True}),
+            ("windows", 128, "bf16", {"HAS_PARTIAL": True, "HAS_WINDOWS": True}),
+            ("valid", 128, "bf16", {"HAS_VALID": True, "EVEN_K": False}),
+            ("ragged", 128, "fp32", {"EVEN_K": False}),
+        ]
+        for label, dim, dtype, flags in cases:
+            config = tile_config(arch, dim, _BYTES[dtype], 128, 128)
+            tma = config.tma and not flags.get("HAS_VALID", False)
+            specs.append(_spec(kernel, target, label, dim, dtype, config, tma, precision, flags))
+    return specs
+
+
+def _spec(
+    kernel: Any,
+    target: str,
+    label: str,
+    dim: int,
+    dtype: str,
+    config: TileConfig,
+    tma: bool,
+    precision: str,
+    flags: dict[str, bool],
+) -> AotSpec:
+    d0, d1 = split_head_dim(dim)
+    values: dict[str, Any] = {
+        "D": dim,
+        "D0": d0,
+        "D1": d1,
+        "BLOCK_Q": 128,
+        "BLOCK_K": 128,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TMA": tma,
+        "PRECISION": precision if dtype == "fp32" else "tf32",
+        "EVEN_K": flags.get("EVEN_K", True),
+        "HAS_LSE": True,
+    }
+    values.update({name: flags.get(name, False) for name in _OPTIONAL})
+    types = {"q": f"*{dtype}", "out": f"*{dtype}", **_POINTERS}
+    for part, width in (("k", d0), ("v", d0), ("k_hi", d1), ("v_hi", d1)):
+        if tma and width:
+            types[part] = f"tensordesc<{dtype}[1, 1, {config.block_n}, {width}]>"
+        elif not part.endswith("_hi"):
+            types[part] = f"*{dtype}"
+    for flag, pointers in _OPTIONAL.items():
+        if values[flag]:
+            types.update({name: kind.replace("*x", f"*{dtype}") for name, kind in pointers.items()})
+    signature = {}
+    for name in kernel.arg_names:
+        if name in types:
+            signature[name] = types[name]
+        elif name in values:
+            signature[name] = "constexpr"
+        elif name == "scale":
+            signature[name] = "fp32"
+        elif name in ("sq", "sk") or name[-2:] in ("_b", "_h", "_s"):
+            signature[name] = "i32"
+        else:
+            signature[name], values[name] = "constexpr", None
+    aligned = [n for n, kind in signature.items() if kind.startswith("*")]
+    aligned += [n for n, kind in signature.items() if kind == "i32" and n[0] in "qkvop"]
+    return AotSpec(
+        name=f"block_sparse/{label}/d{dim}/{config.block_m}x{config.block_n}/{dtype}/{target}",
+        fn=kernel,
+        signature=signature,
+        constexprs=values,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        targets=(target,),
+        divisible_by_16=tuple(aligned),
+    )
