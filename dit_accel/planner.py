@@ -6,8 +6,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from dit_accel_kernels import block_mass, block_stats, permute_tokens
-from dit_accel_kernels.types import TokenOrder
 from torch import Tensor
 
 from dit_accel.geometry import TokenGeometry
@@ -17,10 +15,12 @@ from dit_accel.order import extra_blocks, token_order
 from dit_accel.plan import Plan, valid_in_block_order
 from dit_accel.select import Forced, select
 from dit_accel.window_plan import window_plan
+from dit_accel_kernels import block_mass, block_stats, permute_tokens
+from dit_accel_kernels.types import TokenOrder
 
 __all__ = ["SAMPLED_ROWS", "Planner"]
 
-#: Query blocks looked at when a head chooses its order.
+#: Most query blocks looked at when a head chooses its order; shorter sequences look at a sixteenth.
 SAMPLED_ROWS = 16
 
 _MAX_GEOMETRIES = 8
@@ -76,9 +76,7 @@ class Planner:
         self._layouts.move_to_end(key)
         return self._layouts[key]
 
-    def window_plan(
-        self, geometry: TokenGeometry, device: torch.device, density: float, heads: int
-    ) -> Plan:
+    def window_plan(self, geometry: TokenGeometry, device: torch.device, density: float, heads: int) -> Plan:
         """The plan of a method whose mask follows from the geometry; one for all layers and heads.
 
         Args:
@@ -94,9 +92,7 @@ class Planner:
         known = layout.window_plans.get((density, heads))
         if known is None:
             layout.window_plans.clear()
-            known = window_plan(
-                self.method, geometry, layout.names, layout.table, device, density, heads
-            )
+            known = window_plan(self.method, geometry, layout.names, layout.table, device, density, heads)
             layout.window_plans[(density, heads)] = known
         return known
 
@@ -105,7 +101,7 @@ class Planner:
         table = self.layout(geometry, device).table
         cost = 0.5 if self.method.score == "mass" else 0.0
         if table is not None and table.shape[0] > 1:
-            rows = min(SAMPLED_ROWS, -(-tokens // self.method.block_q))
+            rows = sampled_count(-(-tokens // self.method.block_q))
             cost += 0.5 * table.shape[0] * rows * self.method.block_q / tokens
         return cost
 
@@ -141,9 +137,7 @@ class Planner:
             if layout.table.shape[0] == 1:
                 order = fixed_order(layout.table, query.shape[1])
             else:
-                recalls, cost = self.order_recall(
-                    query, key, lse, geometry, density, scale, key_valid
-                )
+                recalls, cost = self.order_recall(query, key, lse, geometry, density, scale, key_valid)
                 order = layout.order(recalls.argmax(0))
         scores, score_cost = self.scores(query, key, lse, order, scale, key_valid)
         levels, capacity = select(method.select, scores, density, layout.forced)
@@ -244,8 +238,13 @@ def fixed_order(table: Tensor, heads: int) -> TokenOrder:
     return TokenOrder(table, torch.zeros(heads, dtype=torch.int32, device=table.device))
 
 
-def sampled_rows(blocks: int, device: torch.device, count: int = SAMPLED_ROWS) -> Tensor:
-    """Evenly spread query blocks, int32 ``[min(count, blocks)]``."""
-    count = min(count, blocks)
+def sampled_count(blocks: int) -> int:
+    """How many of ``blocks`` query blocks are looked at when a head chooses its order."""
+    return min(SAMPLED_ROWS, max(4, blocks // 16), blocks)
+
+
+def sampled_rows(blocks: int, device: torch.device) -> Tensor:
+    """Evenly spread query blocks, int32 ``[sampled_count(blocks)]``."""
+    count = sampled_count(blocks)
     centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * blocks / count
     return centres.to(torch.int32)

@@ -65,14 +65,13 @@ def adaptive_counts(scores: Tensor, density: float) -> Tensor:
 
     With sparsity ``s = 1 - density``, ``n`` heads recall more than 0.8 of the mass; the ``n`` best
     get sparsity ``(1 + s) / 2``, the ``n`` worst ``(3 s - 1) / 2``, the others ``s`` (arXiv
-    2502.21079). Where ``n`` exceeds half of the heads the paper is silent; it is cut to half, so
-    that the mean stays. ``(3 s - 1) / 2`` below zero means all blocks.
+    2502.21079). Where the paper is silent the mean is kept: ``n`` is cut to half of the heads, and
+    the step ``(1 - s) / 2`` to what hard heads can still take.
     """
     blocks = scores.shape[-1]
-    sparsity = 1 - density
     middle = _budget(density, blocks)
-    fewer = _budget(1 - (1 + sparsity) / 2, blocks)
-    more = min(2 * middle - fewer, blocks)
+    more = min(middle + round(density / 2 * blocks), blocks, 2 * middle - 1)
+    fewer = 2 * middle - more
     finite = scores.where(torch.isfinite(scores), 0)
     recall = finite.topk(middle, dim=-1).values.sum(-1).mean(-1)  # [B, H]
     heads = recall.shape[-1]
@@ -128,9 +127,7 @@ SELECTIONS: dict[str, _Rule] = {
 }
 
 
-def select(
-    rule: str, scores: Tensor, density: float, forced: Forced
-) -> tuple[Tensor, int | None]:
+def select(rule: str, scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, int | None]:
     """Choose blocks.
 
     Forced columns take part of each row's budget; forced rows come on top.
