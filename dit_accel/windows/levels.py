@@ -14,6 +14,7 @@ from dit_accel.windows.tokens import check_index, coordinates
 __all__ = ["LEVEL_FULL", "LEVEL_NONE", "LEVEL_PARTIAL", "window_levels"]
 
 LEVEL_NONE, LEVEL_FULL, LEVEL_PARTIAL = 0, 1, 255
+_CHUNK = 1 << 21  # elements of a temporary
 
 
 def window_levels(
@@ -49,20 +50,23 @@ def window_levels(
     boxes, box_of_token = _distinct_boxes(geometry, axes)
     queries, keys = _blocks(visual, block_q), _blocks(visual, block_k)
     real_keys = (keys >= 0).sum(1)
-    rows, row_is_real = _boxes_of_blocks(queries, box_of_token, boxes)
+    rows = _boxes_of_blocks(queries, box_of_token, boxes)
     levels = torch.empty(len(queries), len(keys), dtype=torch.uint8)
-    cells = math.prod(axis.codes for axis in axes)
-    chunk = max(1, min(len(keys), (1 << 23) // max(cells, rows.numel())))
-    position = _code_positions(geometry, axes)
+    codes = [axis.code[coordinate] for axis, coordinate in zip(axes, coordinates(geometry))]
+    chunk = max(1, min(len(keys), _CHUNK // max(geometry.visual, rows.numel())))
     for start in range(0, len(keys), chunk):
         part = keys[start : start + chunk]
-        counts = _keys_in_boxes(part, position, axes)[:, rows]  # [chunk, Qb, M]
-        some = counts.amax(-1)
-        least = counts.masked_fill(~row_is_real, block_k).amin(-1)
+        counts = _keys_in_boxes(part, codes, axes)  # [boxes, chunk]
+        some = counts.new_zeros(len(rows), len(part))
+        least = counts.new_full(some.shape, block_k)
+        for column in rows.T:
+            picked = counts[column]
+            torch.maximum(some, picked, out=some)
+            torch.minimum(least, picked, out=least)
         level = torch.full(some.shape, LEVEL_PARTIAL, dtype=torch.uint8)
         level[some == 0] = LEVEL_NONE
-        level[least >= real_keys[start : start + chunk, None]] = LEVEL_FULL
-        levels[:, start : start + chunk] = level.T
+        level[least >= real_keys[start : start + chunk]] = LEVEL_FULL
+        levels[:, start : start + chunk] = level
     return _with_extra_tokens(levels, geometry, order, block_q, block_k)[None, None]
 
 
@@ -84,14 +88,6 @@ def _distinct_boxes(geometry: TokenGeometry, axes: list[_AxisCounts]) -> tuple[i
     return math.prod(len(axis.lo) for axis in axes), box
 
 
-def _code_positions(geometry: TokenGeometry, axes: list[_AxisCounts]) -> Tensor:
-    """Flat cell of each visual token in the grid of codes."""
-    cell = torch.zeros(geometry.visual, dtype=torch.int64)
-    for axis, coordinate in zip(axes, coordinates(geometry)):
-        cell = cell * axis.codes + axis.code[coordinate]
-    return cell
-
-
 def _blocks(visual: Tensor, block: int) -> Tensor:
     """Visual tokens of each block, ``[blocks, block]``; -1 for extra tokens and padding."""
     padded = visual.new_full((-(-len(visual) // block) * block,), -1)
@@ -99,8 +95,8 @@ def _blocks(visual: Tensor, block: int) -> Tensor:
     return padded.view(-1, block)
 
 
-def _boxes_of_blocks(queries: Tensor, box_of_token: Tensor, boxes: int) -> tuple[Tensor, Tensor]:
-    """Distinct windows of each query block ``[Qb, M]``, padded with repeats, and which entries are real."""
+def _boxes_of_blocks(queries: Tensor, box_of_token: Tensor, boxes: int) -> Tensor:
+    """Distinct windows of each query block ``[Qb, M]``, padded with repeats (any window if all its tokens are extra)."""
     box = torch.where(queries >= 0, box_of_token[queries.clamp(min=0)], boxes).sort(1).values
     new = torch.ones_like(box, dtype=torch.bool)
     new[:, 1:] = box[:, 1:] != box[:, :-1]
@@ -108,30 +104,39 @@ def _boxes_of_blocks(queries: Tensor, box_of_token: Tensor, boxes: int) -> tuple
     count = new.sum(1)
     most = max(int(count.max()), 1)
     rows = box.masked_fill(~new, boxes).sort(1).values[:, :most]
-    real = rows < boxes
     filler = torch.where(count > 0, rows[:, 0], 0)[:, None]
-    return torch.where(real, rows, filler), real
+    return torch.where(rows < boxes, rows, filler)
 
 
-def _keys_in_boxes(keys: Tensor, position: Tensor, axes: list[_AxisCounts]) -> Tensor:
-    """Keys of each block inside each distinct window: int16 or int32 ``[blocks, boxes]``."""
+def _keys_in_boxes(keys: Tensor, codes: list[Tensor], axes: list[_AxisCounts]) -> Tensor:
+    """Keys of each block inside each distinct window: int16 or int32 ``[boxes, blocks]``.
+
+    The running sums cover only the part of the grid that these key blocks touch.
+    """
     dtype = torch.int16 if keys.shape[1] < 1 << 15 else torch.int32
-    grid = torch.zeros(len(keys), math.prod(axis.codes for axis in axes), dtype=dtype)
     block, slot = (keys >= 0).nonzero(as_tuple=True)
-    grid[block, position[keys[block, slot]]] = 1
-    grid = grid.view(-1, *(axis.codes for axis in axes))
-    for dim, axis in enumerate(axes, start=1):
-        grid = _interval_sums(grid, dim, axis)
-    return grid.reshape(len(keys), -1)
+    if not len(block):
+        return torch.zeros(math.prod(len(axis.lo) for axis in axes), len(keys), dtype=dtype)
+    places = [code[keys[block, slot]] for code in codes]
+    first = [int(place.min()) for place in places]
+    size = [int(place.max()) - low + 1 for place, low in zip(places, first)]
+    counts = torch.zeros(*size, len(keys), dtype=dtype)
+    counts[(*(place - low for place, low in zip(places, first)), block)] = 1
+    for dim in (2, 1, 0):
+        counts = _interval_sums(counts, dim, axes[dim].lo - first[dim], axes[dim].hi - first[dim])
+    return counts.reshape(-1, len(keys))
 
 
-def _interval_sums(grid: Tensor, dim: int, axis: _AxisCounts) -> Tensor:
-    if len(axis.lo) == 1 and int(axis.lo[0]) == 0 and int(axis.hi[0]) == axis.codes:
-        return grid.sum(dim, keepdim=True, dtype=grid.dtype)
-    shape = list(grid.shape)
-    shape[dim] = 1
-    sums = torch.cat((grid.new_zeros(shape), grid.cumsum(dim, dtype=grid.dtype)), dim)
-    return sums.index_select(dim, axis.hi) - sums.index_select(dim, axis.lo)
+def _interval_sums(counts: Tensor, dim: int, lo: Tensor, hi: Tensor) -> Tensor:
+    """Sums of ``counts`` along ``dim`` over the intervals ``[lo, hi)``."""
+    size = counts.shape[dim]
+    lo, hi = lo.clamp(0, size), hi.clamp(0, size)
+    if bool((lo == 0).all() and (hi == size).all()):
+        sums = counts.sum(dim, keepdim=True, dtype=counts.dtype)
+        return sums.expand(*(len(lo) if d == dim else -1 for d in range(4)))
+    nothing = torch.zeros_like(counts.narrow(dim, 0, 1))
+    sums = torch.cat((nothing, counts.cumsum(dim, dtype=counts.dtype)), dim)
+    return sums.index_select(dim, hi) - sums.index_select(dim, lo)
 
 
 def _with_extra_tokens(levels: Tensor, geometry: TokenGeometry, order: Tensor, block_q: int, block_k: int) -> Tensor:

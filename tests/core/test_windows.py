@@ -19,6 +19,15 @@ from dit_accel.windows import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small operators on a busy machine wait for each other's threads far longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def oracle_axis(i, length, window, stride, dilation, causal):
     """Key coordinates that query coordinate ``i`` sees."""
     members = [j for j in range(length) if j % dilation == i % dilation]
@@ -167,9 +176,9 @@ def test_published_shapes(grid, window, stride, brick, flop_bound, tile_bound, f
 
 def test_large_grid_is_quick():
     geometry = TokenGeometry((30, 48, 80), suffix=256)
-    start = time.perf_counter()
+    start = time.process_time()
     levels = window_levels(geometry, WindowSpec((18, 24, 24)), order_index("gilbert", geometry), 128, 128)
-    assert time.perf_counter() - start < 20  # about 1 s on two idle cores
+    assert time.process_time() - start < 10  # about half a second
     assert levels.shape == (1, 1, 902, 902)
     assert (levels[..., 900:, :] == 1).all()
     assert (levels[..., 900:] == 1).all()
