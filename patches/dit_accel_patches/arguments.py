@@ -13,7 +13,7 @@ __all__ = ["argument"]
 
 
 @functools.lru_cache(maxsize=256)
-def _positions(cls: type[nn.Module]) -> Mapping[str, int]:
+def _positions(cls: Any) -> Mapping[str, int]:
     names = list(inspect.signature(cls.forward).parameters)[1:]
     return {name: index for index, name in enumerate(names)}
 
@@ -22,5 +22,6 @@ def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     """Return the argument ``name`` of a forward call of ``module``, ``None`` if it was not given."""
     if name in kwargs:
         return kwargs[name]
-    position = _positions(type(module)).get(name, len(args))
+    cls: Any = type(module)
+    position = _positions(cls).get(name, len(args))
     return args[position] if position < len(args) else None

@@ -50,6 +50,8 @@ class Clock:
     def __init__(self, pipe: Any | None = None) -> None:
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self._last: _Last | None = None
+        self._first: int | None = None
+        self._opening: set[str] = set()
         self._scale = 1000.0
 
     def reset(self) -> None:
@@ -85,9 +87,10 @@ class Clock:
             timestep = now.timestep = _to_float(raw, wait=True)
             now.source = "timestep" if timestep is not None else "calls"
         now.step = step
-        fresh = self._begins_run(now)
         name = getattr(context, "name", None)
+        fresh = self._begins_run(now, name)
         if fresh or self._last is None:
+            self._first = now.step
             if now.source == "timestep" and timestep is not None:
                 # The first timestep of a run is its largest, which tells the models that count from 0 to 1.
                 self._scale = 1000.0 if timestep > 1.0 else 1.0
@@ -103,7 +106,7 @@ class Clock:
     def _from_scheduler(self, timestep: float | None) -> tuple[int | None, int | None, Any]:
         """Step, number of steps and the schedule of the pipeline's scheduler, where they are about this call."""
         pipe = self._pipe() if self._pipe is not None else None
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler: Any = getattr(pipe, "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)
         if not isinstance(schedule, Tensor) or not hasattr(scheduler, "step_index"):
             return None, None, None
@@ -121,7 +124,18 @@ class Clock:
             return None, None, None
         return step, len(schedule), weakref.ref(schedule)
 
-    def _begins_run(self, now: _Last) -> bool:
+    def _begins_run(self, now: _Last, name: str | None) -> bool:
+        if self._differs_in_run(now):
+            self._opening = {name} if name is not None else set()
+            return True
+        if name is None or now.source == "timestep" or self._last is None or now.step != self._first:
+            return False
+        # A branch that comes again in the first step: the run before was interrupted there.
+        again = name in self._opening
+        self._opening = {name} if again else self._opening | {name}
+        return again
+
+    def _differs_in_run(self, now: _Last) -> bool:
         last = self._last
         if last is None:
             return True

@@ -1,9 +1,9 @@
 """Listening to what a pipeline says about its denoising loop, through diffusers' hook registry.
 
-``transformer.cache_context("cond", step_index=...)`` writes to every ``StateManager`` of a stateful hook, and the end of a
-pipeline call resets stateful hooks. Our hook takes part in both and in nothing else: it stands in front of the chain and
-wraps no ``forward``. So there is nothing to unwind, and ``HookRegistry.remove_hook``, which loses a neighbour's wrapper when
-hooks are removed in another order than last in first out, never meets it.
+``transformer.cache_context("cond", step_index=...)`` writes to every ``StateManager`` of a stateful hook, and the end of
+a pipeline call resets stateful hooks. Our hook takes part in both and in nothing else: it stands in front of the chain
+and wraps no ``forward``. So there is nothing to unwind, and ``HookRegistry.remove_hook``, which loses a neighbour's
+wrapper when hooks are removed in another order than last in first out, never meets it.
 """
 
 from __future__ import annotations

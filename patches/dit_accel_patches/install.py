@@ -1,8 +1,9 @@
 """Installing an attention run into a diffusers transformer, and taking it out without a trace.
 
-Nothing is replaced on a class or in torch. A transformer gets a wrapped copy of the processor of each self-attention, one
-pre-forward hook and one forward hook of :class:`torch.nn.Module`, and one listener in diffusers' hook registry that wraps no
-``forward``. Everything else of ours lives in ``module.__dict__["_dit_accel"]``, which is neither state nor configuration.
+Nothing is replaced on a class or in torch. A transformer gets a wrapped copy of the processor of each self-attention,
+one pre-forward hook and one forward hook of :class:`torch.nn.Module`, and one listener in diffusers' hook registry that
+wraps no ``forward``. Everything else of ours lives in ``module.__dict__["_dit_accel"]``, which is neither state nor
+configuration.
 """
 
 from __future__ import annotations
@@ -29,9 +30,7 @@ _KEY = "_dit_accel"
 _logger = get_logger("dit_accel.patches")
 
 
-def install(
-    module: nn.Module, adapter: Adapter, run: AttentionRun, *, pipe: Any | None = None
-) -> Installation:
+def install(module: nn.Module, adapter: Adapter, run: AttentionRun, *, pipe: Any | None = None) -> Installation:
     """Send the self-attention of a transformer to ``run``.
 
     Args:
@@ -75,19 +74,21 @@ class Installation:
         self._clock = Clock(pipe)
         self._warned: set[str] = set()
         self._lock = threading.Lock()
+        self._used = False
         member = ensure_registered()
-        self._records = [
-            Layer(path, layer, index, self._state, member) for index, (path, layer) in enumerate(found)
-        ]
+        self._records = [Layer(path, layer, index, self._state, member) for index, (path, layer) in enumerate(found)]
         # A function of this module, not a method of ours: a copied transformer copies its hooks.
         self._hook = add_hook(module, _end_of_run)
-        self._used = False
         module.__dict__[_KEY] = self
         module.register_forward_pre_hook(_before_forward, with_kwargs=True)
         # always_call: a forward call that raises must not leave the transformer marked as busy.
         module.register_forward_hook(_after_forward, always_call=True)
-        for record in self._records:
-            record.wrap()
+        try:
+            for record in self._records:
+                record.wrap()
+        except BaseException:
+            self.undo()
+            raise
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -160,9 +161,7 @@ class Installation:
                 )
             self._state.thread = here
 
-    def _geometry(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> TokenGeometry | str:
+    def _geometry(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGeometry | str:
         try:
             return self.adapter.geometry(module, args, kwargs)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

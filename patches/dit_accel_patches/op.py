@@ -53,21 +53,21 @@ def _attend(
         return call(handle, q, k, v, mask, scale, causal, gqa)
 
     if handle is None:
-        return dense(query, key, value).contiguous()
+        return _as_promised(dense(query, key, value), query)
+    run = handle.state.run
     reason, key_valid = _why_not(handle, query, key, value, mask, causal, gqa)
     if reason is not None:
-        handle.state.run.decline(handle.index, reason)
-        return dense(query, key, value).contiguous()
-    out = handle.state.run.attend(
-        query, key, value, layer=handle.index, scale=scale, key_valid=key_valid, dense=dense
-    )
-    if out.shape != query.shape or out.dtype != query.dtype:
-        raise RuntimeError(
-            f"attend() of layer {handle.index} must return {tuple(query.shape)} {query.dtype}, "
-            f"got {tuple(out.shape)} {out.dtype}"
-        )
-    # The fake kernel promises this layout to the compiler.
-    return out.contiguous()
+        run.decline(handle.index, reason)
+        return _as_promised(dense(query, key, value), query)
+    out = run.attend(query, key, value, layer=handle.index, scale=scale, key_valid=key_valid, dense=dense)
+    if out.shape != query.shape:
+        raise RuntimeError(f"attend() of layer {handle.index} must return {tuple(query.shape)}, got {tuple(out.shape)}")
+    return _as_promised(out, query)
+
+
+def _as_promised(out: Tensor, query: Tensor) -> Tensor:
+    """The dtype and layout that the fake kernel promised; under autocast dense attention returns another dtype."""
+    return out.to(query.dtype).contiguous()
 
 
 def _attend_fake(

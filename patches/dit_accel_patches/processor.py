@@ -59,7 +59,7 @@ def plain(processor: Any) -> Any:
     return result
 
 
-def _rebuild(cls: type, state: dict[str, Any]) -> Any:
+def _rebuild(cls: Any, state: dict[str, Any]) -> Any:
     processor = cls.__new__(cls)
     processor.__dict__.update(state)
     return processor

@@ -14,6 +14,8 @@ from dit_accel.adapter import StepInfo
 from dit_accel.geometry import TokenGeometry
 
 diffusers = pytest.importorskip("diffusers")
+# Tensors of a few numbers: threads only get into each other's way.
+torch.set_num_threads(1)
 
 
 @dataclass

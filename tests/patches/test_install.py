@@ -8,12 +8,12 @@ import threading
 
 import pytest
 import torch
+
+from dit_accel.adapter import Adapter
 from dit_accel_patches.flux import ADAPTER as FLUX
 from dit_accel_patches.install import install
 from dit_accel_patches.processor import handle_of
 from dit_accel_patches.wan import ADAPTER as WAN
-
-from dit_accel.adapter import Adapter
 
 
 def same(a, b):
@@ -181,7 +181,7 @@ def test_deep_copy_is_dense_independent_and_says_so(wan, make_run, caplog, proce
     with torch.no_grad(), caplog.at_level("WARNING", logger="dit_accel"):
         assert torch.equal(twin(**wan_inputs).sample, expected)
         assert torch.equal(twin(**wan_inputs).sample, expected)
-    assert [r.message for r in caplog.records if "copy of an accelerated" in r.message].__len__() == 1
+    assert len([r for r in caplog.records if "copy of an accelerated" in r.message]) == 1
     assert not run.calls
     assert "_dit_accel" not in twin.__dict__
     assert not twin._forward_pre_hooks
@@ -296,6 +296,36 @@ def test_blocks_called_without_the_transformer_stay_dense(wan, make_run):
         out = attention(x)
     assert run.declined == [(0, "called outside a forward call of the transformer")]
     assert out.abs().sum() > 0
+
+
+def test_autocast(wan, make_run, wan_inputs):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = wan.model(**wan_inputs).sample
+        run = make_run()
+        install(wan.model, WAN, run)
+        assert torch.equal(wan.model(**wan_inputs).sample, expected)
+    assert run.calls
+
+
+def test_failed_install_leaves_nothing(wan, make_run, monkeypatch, processors):
+    from dit_accel_patches import layers
+
+    before, keys, count = processors(wan.model), set(wan.model.__dict__), []
+
+    def fail(processor, handle):
+        count.append(1)
+        if len(count) == 2:
+            raise ZeroDivisionError
+        return real(processor, handle)
+
+    real = layers.wrap
+    monkeypatch.setattr(layers, "wrap", fail)
+    with pytest.raises(ZeroDivisionError):
+        install(wan.model, WAN, make_run())
+    assert same(processors(wan.model), before)
+    assert set(wan.model.__dict__) == keys
+    assert not wan.model._forward_pre_hooks
+    assert not wan.model._forward_hooks
 
 
 def test_gradients_go_dense_and_flow(wan, make_run, wan_inputs):
