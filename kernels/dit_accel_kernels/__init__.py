@@ -5,18 +5,14 @@ Importing this package imports no triton; kernels are loaded when a tensor on a 
 
 from __future__ import annotations
 
+from .backends import choose_backend, self_test, why_not
 from .block_mass import attention_lse, block_mass
+from .block_sparse import block_sparse_attention
 from .dense import dense_attention, dense_kernel, lse_merge
+from .lists import levels_from_lists, lists_from_levels, pack_bits, unpack_bits
 from .permute import PermutedPool, invert_order, permute_and_pool, permute_tokens, unpermute_tokens
 from .stats import BlockStats, block_stats
 from .types import BlockLists, Pooled, TokenOrder, TokenWindows
-
-try:  # written beside this file; plain imports once they are there
-    from .backends import choose_backend, self_test, why_not  # type: ignore[import-not-found,unused-ignore]
-    from .block_sparse import block_sparse_attention
-    from .lists import levels_from_lists, lists_from_levels, pack_bits, unpack_bits
-except ImportError:
-    pass
 
 __all__ = [
     "BlockLists",

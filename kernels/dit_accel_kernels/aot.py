@@ -112,6 +112,14 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return max(registers, default=-1), 4 * sum(spills)
 
 
+def _innermost(error: BaseException) -> str:
+    """The cause of a compiler's error; the outer ones only repeat the source around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = getattr(error, "error_message", None) or str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())[-300:]}"
+
+
 def check(module: str, name: str, target: str) -> AotResult:
     """Compile one spec for one target and hold it against its limits.
 
@@ -131,8 +139,8 @@ def check(module: str, name: str, target: str) -> AotResult:
         else:
             registers, spills = _amd_resources(kernel.asm["amdgcn"])
     except Exception as error:  # a compiler fails in many ways; each is the result
-        text = " ".join(str(error).split())[-300:]
-        return AotResult(name, target, seconds=time.perf_counter() - began, problem=f"{type(error).__name__}: {text}")
+        seconds = time.perf_counter() - began
+        return AotResult(name, target, seconds=seconds, problem=_innermost(error))
     shared = int(kernel.metadata.shared)
     problems = []
     if shared > SHARED_LIMITS[target]:

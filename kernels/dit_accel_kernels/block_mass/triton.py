@@ -15,6 +15,7 @@ from .reference import query_rows
 __all__ = ["AOT_SPECS", "attention_lse_triton", "block_mass_triton"]
 
 _LOG2E = 1.4426950408889634
+_TMA_TARGETS = ("sm_90", "sm_100")
 
 
 @triton.jit
@@ -35,31 +36,34 @@ def _key_tile(
     TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if TMA:
-        return K.load([i_b.to(tl.int32), i_h.to(tl.int32), start, FIRST]).reshape(BN, WIDTH)
-    channel = FIRST + tl.arange(0, WIDTH)
-    key = start + tl.arange(0, BN)
-    base = K + i_b * stride_b + i_h * stride_h
-    # [BN, WIDTH]
-    p_k = base + key.to(tl.int64)[:, None] * stride_s + channel[None, :]
-    if MASKED:
-        return tl.load(p_k, mask=(key < keys)[:, None] & (channel[None, :] < DIM), other=0.0)
-    if FIRST + WIDTH > DIM:
-        return tl.load(p_k, mask=channel[None, :] < DIM, other=0.0)
-    return tl.load(p_k)
+        b_k = K.load([i_b.to(tl.int32), i_h.to(tl.int32), start, FIRST]).reshape(BN, WIDTH)
+    else:
+        channel = FIRST + tl.arange(0, WIDTH)
+        key = start + tl.arange(0, BN)
+        base = K + i_b * stride_b + i_h * stride_h
+        # [BN, WIDTH]
+        p_k = base + key.to(tl.int64)[:, None] * stride_s + channel[None, :]
+        if MASKED:
+            b_k = tl.load(p_k, mask=(key < keys)[:, None] & (channel[None, :] < DIM), other=0.0)
+        elif FIRST + WIDTH > DIM:
+            b_k = tl.load(p_k, mask=channel[None, :] < DIM, other=0.0)
+        else:
+            b_k = tl.load(p_k)
+    return b_k
 
 
 @triton.jit
 def _logits(
     b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_b, stride_h, stride_s,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    # IEEE products for float32: a planner that compares masses of 1e-3 must not see the rounding of TF32.
+    # Float32 in three TF32 products: a planner that compares masses of 1e-3 must not see the rounding of one.
     b_k = _key_tile(K0, i_b, i_h, start, keys, stride_b, stride_h, stride_s, 0, D0, DIM, BN, TMA, MASKED)
-    b_s = tl.dot(b_q0, b_k.T, input_precision="ieee")
+    b_s = tl.dot(b_q0, b_k.T, input_precision=PRECISION)
     if D1 > 0:
         b_k1 = _key_tile(K1, i_b, i_h, start, keys, stride_b, stride_h, stride_s, D0, D1, DIM, BN, TMA, MASKED)
-        b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision="ieee")
+        b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
     return b_s
 
 
@@ -67,14 +71,14 @@ def _logits(
 def _row_mass(
     b_q0, b_q1, b_neg, K0, K1, VALID, i_b, i_h, j, keys, scale2, stride_b, stride_h, stride_s, stride_valid,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr, HAS_VALID: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """Mass that each of BM queries puts on key block j: float32 [BM]."""
     b_mass = tl.zeros([BM], dtype=tl.float32)
     for part in tl.static_range((BLOCK_K + BN - 1) // BN):
         start = j * BLOCK_K + part * BN
         b_s = _logits(
-            b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_b, stride_h, stride_s, DIM, D0, D1, BN, TMA, MASKED
+            b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_b, stride_h, stride_s, DIM, D0, D1, BN, TMA, PRECISION, MASKED
         )
         b_p = tl.exp2(b_s * scale2 + b_neg[:, None])
         if MASKED:
@@ -94,7 +98,7 @@ def block_mass_kernel(
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_valid,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ROWS_EACH: tl.constexpr, PARTS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_VALID: tl.constexpr, TMA: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_VALID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM // ROWS_EACH entries (query blocks, or PARTS-ths of one) against all keys of a head."""
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -130,14 +134,14 @@ def block_mass_kernel(
     for j in range(0, whole):
         b_mass = _row_mass(
             b_q0, b_q1, b_neg, K0, K1, VALID, i_b, i_h, j, keys, scale2, stride_kb, stride_kh, stride_ks, stride_valid,
-            DIM, D0, D1, BLOCK_K, BM, BN, TMA, HAS_VALID or BLOCK_K % BN != 0, HAS_VALID,
+            DIM, D0, D1, BLOCK_K, BM, BN, TMA, PRECISION, HAS_VALID or BLOCK_K % BN != 0, HAS_VALID,
         )  # fmt: skip
         b_sum = tl.sum(tl.reshape(b_mass, EACH, ROWS_EACH), 1)
         tl.store(p_out + j, b_sum * b_weight, mask=entry < entries)
     if whole < key_blocks:
         b_mass = _row_mass(
             b_q0, b_q1, b_neg, K0, K1, VALID, i_b, i_h, whole, keys, scale2, stride_kb, stride_kh, stride_ks, stride_valid,
-            DIM, D0, D1, BLOCK_K, BM, BN, TMA, True, HAS_VALID,
+            DIM, D0, D1, BLOCK_K, BM, BN, TMA, PRECISION, True, HAS_VALID,
         )  # fmt: skip
         b_sum = tl.sum(tl.reshape(b_mass, EACH, ROWS_EACH), 1)
         tl.store(p_out + whole, b_sum * b_weight, mask=entry < entries)
@@ -160,7 +164,7 @@ def attention_lse_kernel(
     Q, K0, K1, VALID, OUT, queries, keys, scale2,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_valid,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_VALID: tl.constexpr, TMA: tl.constexpr,
+    HAS_VALID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of a head against all its keys."""
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -177,12 +181,12 @@ def attention_lse_kernel(
         whole = 0
     for start in range(0, whole, BN):
         b_s = _logits(
-            b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_kb, stride_kh, stride_ks, DIM, D0, D1, BN, TMA, False
+            b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_kb, stride_kh, stride_ks, DIM, D0, D1, BN, TMA, PRECISION, False
         )
         b_m, b_l = _online(b_s, b_m, b_l, scale2, valid, False)
     for start in range(whole, keys, BN):
         b_s = _logits(
-            b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_kb, stride_kh, stride_ks, DIM, D0, D1, BN, TMA, True
+            b_q0, b_q1, K0, K1, i_b, i_h, start, keys, stride_kb, stride_kh, stride_ks, DIM, D0, D1, BN, TMA, PRECISION, True
         )
         key = start + tl.arange(0, BN)
         visible = key < keys
@@ -196,13 +200,19 @@ def attention_lse_kernel(
     tl.store(p_out, b_lse, mask=valid)
 
 
-def _tiles(q: Tensor, width: int) -> tuple[int, int, dict[str, int]]:
-    """Rows and keys of a tile and the launch options; two programs share a multiprocessor."""
-    if q.dtype == torch.float32:
-        return (64 if width <= 128 else 32), 32, {"num_warps": 4, "num_stages": 2}
+def _tiles(dtype: torch.dtype, width: int) -> tuple[int, int, dict[str, int]]:
+    """Rows and keys of a tile and the launch options; two or three programs share a multiprocessor."""
+    if dtype == torch.float32:
+        # Each operand is held twice, as its TF32 value and the remainder, so the tile must be small.
+        return (32 if width <= 128 else 16), 64, {"num_warps": 8, "num_stages": 2}
     if width > 128:
         return 64, 64, {"num_warps": 4, "num_stages": 2}
-    return 128, 64, {"num_warps": 4, "num_stages": 3}
+    return 128, 64, {"num_warps": 4, "num_stages": 2}
+
+
+def _precision() -> str:
+    """How float32 is multiplied; AMD's compiler knows no split into TF32."""
+    return "ieee" if torch.version.hip is not None else "tf32x3"
 
 
 def _keys(k: Tensor, rows: int, widths: tuple[int, int]) -> tuple[object, object, bool]:
@@ -230,7 +240,7 @@ def block_mass_triton(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     widths = split_head_dim(dim)
-    bm, bn, options = _tiles(q, sum(widths))
+    bm, bn, options = _tiles(q.dtype, sum(widths))
     bn = min(bn, max(16, triton.next_power_of_2(block_k)))
     rows_each = min(bm, triton.next_power_of_2(block_q))
     parts = blocks(block_q, bm)
@@ -249,7 +259,7 @@ def block_mass_triton(
         *q.stride()[:3], *k.stride()[:3], keys,
         BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn,
         ROWS_EACH=rows_each, PARTS=parts, HAS_ROWS=rows is not None,
-        HAS_ORDER=table is not None and head is not None, HAS_VALID=key_valid is not None, TMA=tma,
+        HAS_ORDER=table is not None and head is not None, HAS_VALID=key_valid is not None, TMA=tma, PRECISION=_precision(),
         **options,
     )  # fmt: skip
     if parts == 1:
@@ -268,22 +278,23 @@ def attention_lse_triton(q: Tensor, k: Tensor, scale: float, key_valid: Tensor |
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     widths = split_head_dim(dim)
-    bm, bn, options = _tiles(q, sum(widths))
+    bm, bn, options = _tiles(q.dtype, sum(widths))
     out = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     k0, k1, tma = _keys(k, bn, widths)
     attention_lse_kernel[(blocks(queries, bm), heads, batch)](
         q, k0, k1, q if key_valid is None else key_valid.contiguous().view(torch.uint8), out,
         queries, keys, scale * _LOG2E, *q.stride()[:3], *k.stride()[:3], keys,
-        DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn, HAS_VALID=key_valid is not None, TMA=tma,
+        DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn, HAS_VALID=key_valid is not None, TMA=tma, PRECISION=_precision(),
         **options,
     )  # fmt: skip
     return out
 
 
-def _specs(dim: int, dtype: str, tma: bool, features: bool) -> list[AotSpec]:
+def _specs(dim: int, dtype: str, features: bool, targets: tuple[str, ...]) -> list[AotSpec]:
     """Both kernels for one head size; ``features`` turns rows, order and ``key_valid`` on."""
+    tma, amd = targets == _TMA_TARGETS, targets == ("gfx942",)
     widths = split_head_dim(dim)
-    bm, bn, options = _tiles(torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16), sum(widths))
+    bm, bn, options = _tiles(torch.float32 if dtype == "fp32" else torch.bfloat16, sum(widths))
     strides = ("qb", "qh", "qs", "kb", "kh", "ks")
     pointers = {name: f"*{dtype}" for name in ("Q", "K0", "K1")}
     if tma:
@@ -291,16 +302,16 @@ def _specs(dim: int, dtype: str, tma: bool, features: bool) -> list[AotSpec]:
         pointers["K1"] = f"tensordesc<{dtype}[1, 1, {bn}, {widths[1] or widths[0]}]>"
     tail = {f"stride_{name}": "i32" for name in strides} | {"stride_valid": "i32"}
     shape = {"DIM": dim, "D0": widths[0], "D1": widths[1], "BM": bm, "BN": bn, "HAS_VALID": features, "TMA": tma}
+    shape["PRECISION"] = "ieee" if amd else "tf32x3"
     mass = shape | {"BLOCK_Q": 64, "BLOCK_K": 64, "ROWS_EACH": min(bm, 64), "PARTS": max(1, 64 // bm)}
     mass |= {"HAS_ROWS": features, "HAS_ORDER": features}
     ints = {"LSE": "*fp32", "ROWS": "*i32", "TABLE": "*i32", "HEAD": "*i32", "VALID": "*u8", "OUT": "*fp32"}
     counts = {name: "i32" for name in ("queries", "keys", "entries", "key_blocks")} | {"scale2": "fp32"}
     mass_signature = pointers | ints | counts | tail
     lse_signature = pointers | {"VALID": "*u8", "OUT": "*fp32", "queries": "i32", "keys": "i32", "scale2": "fp32"} | tail
-    suffix = f"d{dim}/{dtype}{'/tma' if tma else ''}{'/order+valid' if features else ''}"
+    suffix = f"d{dim}/{dtype}{'/tma' if tma else '/amd' if amd else ''}{'/order+valid' if features else ''}"
     aligned = tuple(name for name in ("Q", "K0", "K1") if pointers[name].startswith("*"))
     aligned += tuple(f"stride_{name}" for name in strides)
-    targets = ("sm_90", "sm_100") if tma else ("sm_80", "sm_89", "gfx942")
     return [
         AotSpec(
             name=f"{name}/{suffix}",
@@ -309,6 +320,7 @@ def _specs(dim: int, dtype: str, tma: bool, features: bool) -> list[AotSpec]:
             constexprs=constexprs,
             options=options,
             targets=targets,
+            max_spill_bytes=1024 if dtype == "fp32" else 0,
             divisible_by_16=aligned,
         )
         for name, fn, signature, constexprs in (
@@ -320,7 +332,13 @@ def _specs(dim: int, dtype: str, tma: bool, features: bool) -> list[AotSpec]:
 
 AOT_SPECS = [
     spec
-    for dim, dtype, features in ((128, "bf16", False), (72, "bf16", True), (64, "fp16", False), (256, "bf16", False))
-    for tma in (False, True)
-    for spec in _specs(dim, dtype, tma, features)
-] + _specs(128, "fp32", False, True)
+    for dim, dtype, features in (
+        (128, "bf16", False),
+        (72, "bf16", True),
+        (64, "fp16", False),
+        (256, "bf16", False),
+        (128, "fp32", True),
+    )
+    for targets in (("sm_80", "sm_89"), _TMA_TARGETS, ("gfx942",))
+    for spec in _specs(dim, dtype, features, targets)
+]
