@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -141,3 +143,32 @@ def test_operator_meets_the_rules_of_custom_operators(make_wan, make_run, wan_in
         (*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), handle.layer, None, None, False, False),
     ):
         torch.library.opcheck(torch.ops.dit_accel.attend, arguments)
+
+
+def test_other_resolution_recompiles_with_the_right_geometry(make_wan, make_run, wan_inputs):
+    model, run = make_wan(3), make_run()
+    larger = {**wan_inputs, "hidden_states": torch.randn(1, 16, 3, 6, 8)}
+    expected = [forward(model, wan_inputs), forward(model, larger)]
+    install(model, WAN, run)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(forward(model, wan_inputs), expected[0])
+    torch.testing.assert_close(forward(model, larger), expected[1])
+    # One for the first size, one for any other.
+    assert counter.frame_count == 2
+    assert [g.grid for g, _ in run.forwards] == [(3, 2, 3), (3, 3, 4)]
+    assert run.resets == 1
+    assert [c.shape[1] for c in run.calls] == [18] * 3 + [36] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_inductor(make_wan, make_run, wan_inputs):
+    model, run = make_wan(3), make_run()
+    expected = forward(model, wan_inputs)
+    install(model, WAN, run)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(forward(model, wan_inputs), expected, atol=1e-4, rtol=1e-4)
+    assert run.layers == [0, 1, 2]

@@ -6,20 +6,10 @@ import logging
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-from diffusers.models import attention_dispatch
 
 from dit_accel_patches.flux import ADAPTER as FLUX
 from dit_accel_patches.install import install
 from dit_accel_patches.wan import ADAPTER as WAN
-
-
-@pytest.fixture(autouse=True)
-def _active_backend():
-    """diffusers' set_attention_backend changes the default of the process; no test may leave that behind."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    active = registry._active_backend
-    yield
-    registry.set_active_backend(active)
 
 
 def warnings_of(caplog):
@@ -121,73 +111,6 @@ def test_layer_skip_knows_the_wrapped_processors(flux, make_run):
     wrapped = type(flux.model.transformer_blocks[0].attn.processor)
     assert wrapped is not kind
     assert AttentionProcessorRegistry.get(wrapped) == AttentionProcessorRegistry.get(kind)
-
-
-def test_set_attention_backend_is_taken_for_the_dense_calls(wan, make_run, caplog, processors):
-    before = processors(wan.model)
-    run = make_run()
-    installation = install(wan.model, WAN, run)
-    wan.model.set_attention_backend("_native_math")
-    with caplog.at_level(logging.WARNING, logger="dit_accel"):
-        out = wan()
-        wan()
-    assert len(run.layers) == 16
-    assert warnings_of(caplog) == [
-        "the attention backend was set to _native_math; it computes the dense calls, dit_accel stays on (2 of 2 layers)"
-    ]
-    installation.undo()
-    after = processors(wan.model)
-    assert all(after[name] is before[name] for name in before)
-    # What the user set stays set.
-    assert {p._attention_backend.value for p in after.values()} == {"_native_math"}
-    assert torch.equal(wan(), out)
-
-
-def test_a_backend_set_before_computes_the_dense_calls(wan, make_run, monkeypatch):
-    registry, names = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName
-    used = []
-    original = registry._backends[names._NATIVE_MATH]
-
-    def spy(**kwargs):
-        used.append(kwargs["query"].shape)
-        return original(**kwargs)
-
-    wan.model.set_attention_backend("_native_math")
-    registry.set_active_backend(names.NATIVE)
-    monkeypatch.setitem(registry._backends, names._NATIVE_MATH, spy)
-    install(wan.model, WAN, make_run())
-    wan(num_inference_steps=1)
-    # Two forwards of two layers, self-attention through us and cross-attention without us.
-    assert len(used) == 8
-
-
-def test_reset_attention_backend_is_repaired(wan, make_run):
-    run = make_run()
-    install(wan.model, WAN, run)
-    wan.model.reset_attention_backend()
-    wan()
-    assert len(run.layers) == 8
-
-
-def test_choosing_us_by_name_is_harmless_without_an_installation(wan, make_run):
-    expected = wan()
-    install(wan.model, WAN, make_run()).undo()
-    wan.model.set_attention_backend("dit_accel")
-    assert torch.equal(wan(), expected)
-    run = make_run()
-    install(wan.model, WAN, run)
-    assert torch.equal(wan(), expected)
-    assert run.calls
-
-
-def test_attention_backend_context_manager_reaches_the_dense_calls(wan, make_run):
-    from diffusers.models.attention_dispatch import attention_backend
-
-    with attention_backend("_native_math"):
-        expected = wan()
-    install(wan.model, WAN, make_run())
-    with attention_backend("_native_math"):
-        assert torch.equal(wan(), expected)
 
 
 @pytest.mark.parametrize("family", ["wan", "flux"])
@@ -345,27 +268,3 @@ def test_shared_transformer_of_a_second_pipeline(wan, make_run):
     wan()
     assert run.steps == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")] * 2
     assert run.resets == 2
-
-
-def test_context_parallel_goes_to_the_users_backend(wan, make_run, monkeypatch):
-    """Two processes are not needed to see where the call goes: the user's backend gets the configuration."""
-    registry, names = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName
-    seen = []
-    original = registry._backends[names.NATIVE]
-
-    def spy(**kwargs):
-        seen.append(kwargs.pop("_parallel_config"))
-        return original(**kwargs)
-
-    run = make_run("zeros")
-    installation = install(wan.model, WAN, run)
-    config = object()
-    for block in wan.model.blocks:
-        block.attn1.processor._parallel_config = config
-    monkeypatch.setitem(registry._backends, names.NATIVE, spy)
-    wan(num_inference_steps=1)
-    assert seen.count(config) == 4
-    assert not run.calls
-    assert {reason for _, reason in run.declined} == {"context parallelism"}
-    installation.undo()
-    assert all(block.attn1.processor._parallel_config is config for block in wan.model.blocks)
