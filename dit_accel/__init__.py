@@ -1,10 +1,10 @@
 """Sparse attention for diffusion transformers: one line, measured quality.
 
-    import dit_accel
-    handle = dit_accel.enable(pipe)      # skip the attention that does not matter
-    video = pipe(prompt).frames
-    print(dit_accel.status(pipe))        # what was computed, what stayed dense and why
-    handle.disable()                     # the original objects, by identity
+import dit_accel
+handle = dit_accel.enable(pipe)      # skip the attention that does not matter
+video = pipe(prompt).frames
+print(dit_accel.status(pipe))        # what was computed, what stayed dense and why
+handle.disable()                     # the original objects, by identity
 """
 
 from dit_accel._version import __version__

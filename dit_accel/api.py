@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.ledger import RunStatus
+from dit_accel.ledger import Status
 from dit_accel.logging import get_logger
 from dit_accel.method import Method
-from dit_accel.methods import get_method, load_methods
+from dit_accel.presets import get_method, load_methods
 from dit_accel.registry import Installation, adapters, find_adapter, install
 from dit_accel.runtime import ModelRun
 from dit_accel.static_plan import Recorder, StaticPlan
@@ -62,9 +62,9 @@ class Handle:
         while self._installed:
             self._installed.popitem()[1].undo()
 
-    def stats(self) -> dict[str, RunStatus]:
+    def stats(self) -> Status:
         """What each transformer computed in its latest run. Waits for the device."""
-        return {name: run.status() for name, run in self.runs.items()}
+        return Status({name: run.status() for name, run in self.runs.items()})
 
     def __enter__(self) -> Handle:
         return self
@@ -220,12 +220,12 @@ def enabled(target: Any, method: str | Method = "auto", **options: Any) -> Itera
         handle.disable()
 
 
-def status(target: Any) -> dict[str, RunStatus]:
-    """What each accelerated transformer of ``target`` computed in its latest run; see :class:`RunStatus`.
+def status(target: Any) -> Status:
+    """What each accelerated transformer of ``target`` computed in its latest run, by component name.
 
     A transformer that is not accelerated is left out. Waits for the device.
     """
-    found = {}
+    found = Status()
     for name, module in _transformers(target).items():
         handle = _handles.get(module)
         if handle is not None and handle.active:

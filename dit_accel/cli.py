@@ -64,7 +64,7 @@ def methods(
 ) -> None:
     """List the methods with their slots and papers."""
     import dit_accel
-    from dit_accel.methods import get_method
+    from dit_accel.presets import get_method
 
     if name is None:
         found = dit_accel.methods()

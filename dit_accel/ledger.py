@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Ledger", "LayerStatus", "RunStatus"]
+__all__ = ["LayerStatus", "Ledger", "RunStatus"]
 
 
 @dataclass
@@ -81,6 +81,7 @@ class RunStatus:
         return asdict(self)
 
     def __str__(self) -> str:
+        """What was computed and what stayed dense, in a few lines."""
         lines = [
             f"{self.model}: {self.method} on {self.backend or 'no backend yet'}, {self.geometry or 'no run yet'}",
             f"  density {self.density:.3f} over the run ({self.sparse_calls} of {self.calls} calls sparse at "
@@ -89,6 +90,16 @@ class RunStatus:
         lines += [f"  dense: {count} x {reason}" for reason, count in self.reasons.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+class Status(dict[str, RunStatus]):
+    """:class:`RunStatus` by component name; prints itself."""
+
+    def __str__(self) -> str:
+        """One paragraph for each transformer."""
+        if not self:
+            return "nothing is accelerated"
+        return "\n".join(f"{name}: {status}" for name, status in self.items())
 
 
 class _Timer:
@@ -155,9 +166,7 @@ class Ledger:
         self.dense[layer][reason] += 1
         self.calls.append(_Call(step, layer, 1.0, 0.0))
 
-    def count_sparse(
-        self, step: int | None, layer: int, exact: Tensor, extra: float, *, reused: bool
-    ) -> None:
+    def count_sparse(self, step: int | None, layer: int, exact: Tensor, extra: float, *, reused: bool) -> None:
         """One sparse call: ``exact`` share ``[B|1, H|1]``, plus ``extra`` work."""
         self.calls.append(_Call(step, layer, exact, extra))
         self.cache_hits += reused

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from dit_accel_kernels.lists import lists_from_levels, pack_bits, unpack_bits
 from dit_accel_kernels.types import BlockLists
-from torch import Tensor
 
 __all__ = ["EXACT", "PARTIAL", "SKIP", "BlockMask"]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from dit_accel_kernels import permute_tokens
 from dit_accel_kernels.types import TokenOrder
-from torch import Tensor
 
 __all__ = ["ALPHA", "EPSILON", "SIGMA", "paro_scores"]
 

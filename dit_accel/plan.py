@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from dit_accel.mask import BlockMask
 from dit_accel_kernels import (
     block_sparse_attention,
     block_stats,
@@ -12,9 +15,6 @@ from dit_accel_kernels import (
     permute_tokens,
 )
 from dit_accel_kernels.types import Pooled, TokenOrder, TokenWindows
-from torch import Tensor
-
-from dit_accel.mask import BlockMask
 
 __all__ = ["Plan", "execute"]
 
@@ -56,9 +56,7 @@ class Plan:
         """Whether the plan fits a query ``[B, H, S, D]``."""
         batch = self.mask.bits.shape[0]
         return (
-            query.shape[2] == self.mask.q_len
-            and batch in (1, query.shape[0])
-            and self.mask.bits.device == query.device
+            query.shape[2] == self.mask.q_len and batch in (1, query.shape[0]) and self.mask.bits.device == query.device
         )
 
 

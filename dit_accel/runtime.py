@@ -212,6 +212,8 @@ class ModelRun:
             plan = self.static.plan(self.planner, geometry, layer, self._step, q.device)
             self._count_sparse(plan, layer, reused=True)
             return plan, None
+        if _comes_again(self._step.step, state.planned_at):
+            state.plan, state.planned_at = None, None
         known = state.plan if state.plan is not None and state.plan.matches(q) else None
         action = self.policy.action(self._step, known is not None, state.planned_at)
         if action is Action.DENSE:
@@ -322,3 +324,8 @@ class ModelRun:
 
     def _count_sparse(self, plan: Plan, layer: int, *, reused: bool) -> None:
         self.ledger.count_sparse(self._step.step, layer, plan.density, plan.pooled_density, reused=reused)
+
+
+def _comes_again(step: int | None, planned_at: int | None) -> bool:
+    """Whether a step is at or before the one that made the plan: its run was interrupted."""
+    return step is not None and planned_at is not None and step <= planned_at

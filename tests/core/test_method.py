@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel.method import METHOD_VERSION, Method
-from dit_accel.methods import get_method, load_methods
+from dit_accel.presets import get_method, load_methods
 
 
 def test_presets_load_and_name_their_papers() -> None:

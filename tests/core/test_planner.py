@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dit_accel.geometry import TokenGeometry
-from dit_accel.methods import get_method
 from dit_accel.order import AXIS_ORDERS, order_index
 from dit_accel.paro import paro_scores
 from dit_accel.plan import Plan, execute
 from dit_accel.planner import Planner
+from dit_accel.presets import get_method
 from dit_accel_kernels import dense_attention
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 
 from dit_accel.adapter import StepInfo
 from dit_accel.method import Method
-from dit_accel.methods import get_method
 from dit_accel.policy import Action, Policy
+from dit_accel.presets import get_method
 
 
 def _run(method: Method, steps: int) -> list[Action]:
