@@ -103,9 +103,7 @@ def _has_xformers() -> bool:
     return importlib.util.find_spec("xformers") is not None
 
 
-def _merge_torch(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
+def _merge_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse_a, lse_b)
     # Where neither saw a key both differences would be NaN; such rows stay 0.
     safe = lse.clamp(min=torch.finfo(torch.float32).min)
@@ -114,9 +112,7 @@ def _merge_torch(
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
-def _merge_xformers(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
+def _merge_xformers(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     from xformers.ops import fmha
 
     # xFormers keeps [B, S, H, D] and an LSE of [B, H, S].
@@ -138,9 +134,7 @@ def _with_lse(
         if key_valid is not None:
             bias = torch.zeros(key_valid.shape, dtype=q.dtype, device=q.device)
             bias = bias.masked_fill_(~key_valid, float("-inf"))[:, None, None]
-        return _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=bias, scale=scale
-        )
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     mask = None if key_valid is None else key_valid[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out, attention_lse(q, k, scale=scale, key_valid=key_valid)
@@ -154,9 +148,7 @@ def _normal_lse(lse: Tensor, tokens: int) -> Tensor:
 
 
 @torch.library.custom_op("dit_accel_kernels::dense_attention", mutates_args=())
-def _dense_op(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _dense_op(q: Tensor, k: Tensor, v: Tensor, scale: float, key_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = _with_lse(dense_kernel(q, k, v, key_valid), q, k, v, scale, key_valid)
     lse = _normal_lse(lse, q.shape[2])
     if key_valid is not None:
@@ -171,7 +163,5 @@ def _dense_op(
 
 
 @_dense_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, key_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -113,7 +113,11 @@ def test_xformers_is_asked_in_its_own_layout(monkeypatch: pytest.MonkeyPatch) ->
     fmha.merge_attentions = merge_attentions  # type: ignore[attr-defined]
     ops = types.ModuleType("xformers.ops")
     ops.fmha = fmha  # type: ignore[attr-defined]
-    for name, module in {"xformers": types.ModuleType("xformers"), "xformers.ops": ops, "xformers.ops.fmha": fmha}.items():
+    for name, module in {
+        "xformers": types.ModuleType("xformers"),
+        "xformers.ops": ops,
+        "xformers.ops.fmha": fmha,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     out, lse = torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40)
     merged, merged_lse = dense._merge_xformers(out, lse, out.clone(), lse + 1)

@@ -63,9 +63,7 @@ def block_mass(
     table, head = (None, None) if order is None else (order.table, order.head)
     if chosen == "reference":
         return block_mass_reference(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid)
-    return _block_mass_op(
-        q, k, lse, block_q, block_k, scale, rows, table, head, key_valid, chosen == "triton"
-    )
+    return _block_mass_op(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid, chosen == "triton")
 
 
 def attention_lse(
@@ -118,7 +116,7 @@ def _block_mass_op(
 ) -> Tensor:
     if not use_triton:
         return block_mass_cpu(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid)
-    from .triton import block_mass_triton
+    from .launch import block_mass_triton
 
     return block_mass_triton(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid)
 
@@ -143,12 +141,10 @@ def _(
 
 
 @torch.library.custom_op("dit_accel_kernels::attention_lse", mutates_args=())
-def _attention_lse_op(
-    q: Tensor, k: Tensor, scale: float, key_valid: Tensor | None, use_triton: bool
-) -> Tensor:
+def _attention_lse_op(q: Tensor, k: Tensor, scale: float, key_valid: Tensor | None, use_triton: bool) -> Tensor:
     if not use_triton:
         return attention_lse_cpu(q, k, scale, key_valid)
-    from .triton import attention_lse_triton
+    from .launch import attention_lse_triton
 
     return attention_lse_triton(q, k, scale, key_valid)
 

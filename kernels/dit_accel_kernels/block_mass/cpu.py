@@ -79,9 +79,7 @@ def attention_lse_cpu(q: Tensor, k: Tensor, scale: float, key_valid: Tensor | No
         bias = torch.zeros(key_valid.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill_(~key_valid, float("-inf"))[:, None, None]
     # torch's flash kernel keeps its tiles in registers: even with values that nobody needs it beats products of our own.
-    lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, k, attn_mask=bias, scale=scale
-    )[1]
+    lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, attn_mask=bias, scale=scale)[1]
     if key_valid is not None:  # the kernel reports 0 where no key was seen
         lse = torch.where(key_valid.any(1)[:, None, None], lse, float("-inf"))
     return lse.to(torch.float32).contiguous()

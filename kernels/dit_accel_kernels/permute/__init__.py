@@ -33,7 +33,7 @@ class PermutedPool(NamedTuple):
     v: Tensor
     mean_k: Tensor
     mean_v: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls on it
 
 
 def invert_order(table: Tensor) -> Tensor:
@@ -46,9 +46,7 @@ def invert_order(table: Tensor) -> Tensor:
         int32 ``[N, S]`` with ``inverse[n, table[n, i]] = i``.
     """
     places = torch.arange(table.shape[1], dtype=torch.int32, device=table.device).expand(table.shape)
-    return torch.empty(table.shape, dtype=torch.int32, device=table.device).scatter_(
-        1, table.long(), places
-    )
+    return torch.empty(table.shape, dtype=torch.int32, device=table.device).scatter_(1, table.long(), places)
 
 
 def permute_tokens(x: Tensor, order: TokenOrder, *, backend: str | None = None) -> Tensor:
@@ -119,17 +117,13 @@ def permute_and_pool(
     use_triton = _check(k, order, backend)
     check_bhsd("v", v)
     if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(
-            f"k and v must agree, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}"
-        )
+        raise ValueError(f"k and v must agree, got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype}")
     if block < 1:
         raise ValueError(f"a block must hold at least one token, got {block=}")
     if key_valid is not None and key_valid.shape != (k.shape[0], k.shape[2]):
         raise ValueError(f"key_valid must be {(k.shape[0], k.shape[2])}, got {tuple(key_valid.shape)}")
     if use_triton is None:
-        return PermutedPool(
-            *permute_and_pool_reference(k, v, order.table, order.head, block, key_valid)
-        )
+        return PermutedPool(*permute_and_pool_reference(k, v, order.table, order.head, block, key_valid))
     return PermutedPool(*_pool_op(k, v, order.table, order.head, block, key_valid, use_triton))
 
 

@@ -130,7 +130,13 @@ def _specs(dim: int, width: int, dtype: str, valid: bool) -> list[AotSpec]:
             divisible_by_16=aligned,
         )
         for name, fn, signature, constexprs, aligned in (
-            ("permute", permute_kernel, moves, shape | {"INVERSE": valid}, ("X", "OUT", "stride_b", "stride_h", "stride_s")),
+            (
+                "permute",
+                permute_kernel,
+                moves,
+                shape | {"INVERSE": valid},
+                ("X", "OUT", "stride_b", "stride_h", "stride_s"),
+            ),
             (
                 "permute_and_pool",
                 permute_and_pool_kernel,

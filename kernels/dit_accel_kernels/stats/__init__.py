@@ -24,12 +24,10 @@ class BlockStats(NamedTuple):
 
     mean: Tensor
     absmax: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls on it
 
 
-def block_stats(
-    x: Tensor, *, block: int, key_valid: Tensor | None = None, backend: str | None = None
-) -> BlockStats:
+def block_stats(x: Tensor, *, block: int, key_valid: Tensor | None = None, backend: str | None = None) -> BlockStats:
     """Mean, absolute maximum and valid count of each run of ``block`` tokens.
 
     Args:
@@ -56,9 +54,7 @@ def block_stats(
 
 
 @torch.library.custom_op("dit_accel_kernels::block_stats", mutates_args=())
-def _block_stats_op(
-    x: Tensor, block: int, key_valid: Tensor | None, use_triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block_stats_op(x: Tensor, block: int, key_valid: Tensor | None, use_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not use_triton:
         return block_stats_reference(x, block, key_valid)
     from .triton import block_stats_triton
@@ -67,9 +63,7 @@ def _block_stats_op(
 
 
 @_block_stats_op.register_fake
-def _(
-    x: Tensor, block: int, key_valid: Tensor | None, use_triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, block: int, key_valid: Tensor | None, use_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     count = blocks(x.shape[2], block)
     shape = (x.shape[0], x.shape[1], count, x.shape[3])
     batch = 1 if key_valid is None else x.shape[0]

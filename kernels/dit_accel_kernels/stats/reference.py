@@ -11,9 +11,7 @@ from .._common import blocks
 __all__ = ["block_stats_reference"]
 
 
-def block_stats_reference(
-    x: Tensor, block: int, key_valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def block_stats_reference(x: Tensor, block: int, key_valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, absolute maximum and count per block; see :func:`dit_accel_kernels.block_stats`."""
     batch, heads, tokens, dim = x.shape
     count = blocks(tokens, block)
