@@ -9,6 +9,7 @@ wrapper when hooks are removed in another order than last in first out, never me
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -33,12 +34,18 @@ class ContextHook:
 
         self.fn_ref: Any = None
         self.manager = StateManager(object)
+        self._named: Any = None
         self._end_of_run = end_of_run
 
     @property
     def context(self) -> Any:
         """The ``CacheContext`` of the call, ``None`` outside one."""
-        return self.manager._context
+        return getattr(self.manager, "_context", None) or self._named
+
+    def _set_context(self, module: nn.Module, name: str | None = None) -> nn.Module:
+        """How diffusers before 0.40 says the branch, and nothing more."""
+        self._named = None if name is None else SimpleNamespace(name=name)
+        return module
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by the pipeline when it is done."""
@@ -63,7 +70,7 @@ def add_hook(module: nn.Module, end_of_run: Callable[[nn.Module], None]) -> Cont
     registry.hooks[HOOK] = hook
     registry._hook_order.insert(0, HOOK)
     registry._fn_refs.insert(0, hook.fn_ref)
-    registry.invalidate_child_registries_cache()
+    _forget_children(registry)
     return hook
 
 
@@ -74,6 +81,13 @@ def remove_hook(module: nn.Module) -> None:
         return
     index = registry._hook_order.index(HOOK)
     del registry.hooks[HOOK], registry._hook_order[index], registry._fn_refs[index]
-    registry.invalidate_child_registries_cache()
+    _forget_children(registry)
     if not registry.hooks:
         del module.__dict__["_diffusers_hook"]
+
+
+def _forget_children(registry: Any) -> None:
+    """Registries remember which modules below them have one; versions before that had nothing to forget."""
+    forget = getattr(registry, "invalidate_child_registries_cache", None)
+    if forget is not None:
+        forget()
