@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -56,6 +57,53 @@ def _table(title: str, *columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, no_wrap=index == 0)
     return table
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise _fail(f"size must be HEIGHTxWIDTH in pixels, such as 128x128, got {text!r}")
+    return int(height), int(width)
+
+
+@app.command()
+def demo(
+    method: str = typer.Option("auto", help="Name of a method, see `dit-accel methods`."),
+    density: float | None = typer.Option(None, help="Share of blocks computed on a sparse step [the method's own]."),
+    run_density: float | None = typer.Option(None, help="Work over dense work of the whole run, instead of --density."),
+    prompt: str = typer.Option("octopus", help="What to generate."),
+    steps: int | None = typer.Option(None, help="Denoising steps [12 on a CPU, 30 on a GPU]."),
+    seed: int = typer.Option(0, help="Seed of the noise."),
+    frames: int | None = typer.Option(None, help="Frames of the clip [33 on a CPU, 65 on a GPU]."),
+    guidance: float = typer.Option(4.0, help="Scale of classifier-free guidance."),
+    size: str = typer.Option("128x128", help="Height and width in pixels."),
+    out: Path = typer.Option(Path("demo"), help="Folder to write to."),
+    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    model: Path | None = typer.Option(None, help="Folder of a diffusers video pipeline [examples/tiny_wan]."),
+    no_video: bool = typer.Option(False, "--no-video", help="Write no clips."),
+) -> None:
+    """Generate one clip dense and accelerated, and show both with their difference, density and time."""
+    from dit_accel.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        method=method,
+        density=density,
+        run_density=run_density,
+        prompt=prompt,
+        steps=steps,
+        seed=seed,
+        frames=frames,
+        guidance=guidance,
+        size=_size(size),
+        out=out,
+        device=device,
+        model=model,
+        video=not no_video,
+    )
+    try:
+        run_demo(options)
+    except ValueError as error:  # DemoError, and what dit_accel.enable says of its options
+        raise _fail(error) from None
 
 
 @app.command()
