@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["capability", "describe", "split_head_dim"]
+__all__ = ["capability", "describe", "split_head_dim", "takes_tma"]
 
 
 @lru_cache(maxsize=16)
@@ -36,8 +36,21 @@ def split_head_dim(dim: int) -> tuple[int, int]:
     return first, 0 if first == dim else max(16, triton.next_power_of_2(dim - first))
 
 
-def describe(x: Tensor, rows: int, width: int) -> Any | None:
-    """A TMA descriptor of ``[1, 1, rows, width]`` tiles of ``x``, or ``None`` where the layout does not allow one.
+def _strides(x: Tensor) -> list[int]:
+    """Strides of ``[B, H, S]``; a dimension of size 1 is never stepped over and gets one that TMA accepts."""
+    unit = 16 // x.element_size()
+    return [step if size > 1 else unit for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+def takes_tma(x: Tensor) -> bool:
+    """Whether tiles of ``x`` can be loaded by Hopper's copy engine: aligned to 16 bytes, nothing broadcast."""
+    if capability(x) < 90 or x.data_ptr() % 16:
+        return False
+    return all(step > 0 and step * x.element_size() % 16 == 0 for step in _strides(x))
+
+
+def describe(x: Tensor, rows: int, width: int) -> Any:
+    """A TMA descriptor of ``[1, 1, rows, width]`` tiles of ``x``; see :func:`takes_tma`.
 
     Args:
         x: ``[B, H, S, D]``, last dimension contiguous.
@@ -46,9 +59,4 @@ def describe(x: Tensor, rows: int, width: int) -> Any | None:
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    unit = 16 // x.element_size()
-    # A dimension of size 1 is never stepped over, so its stride may be anything that TMA accepts.
-    strides = [step if size > 1 else unit for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    if x.data_ptr() % 16 or any(step % unit or step <= 0 for step in strides):
-        return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, width])
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, width])

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .._common import blocks
-from .._launch import capability, describe, split_head_dim
+from .._launch import describe, split_head_dim, takes_tma
 from ..aot_spec import AotSpec
 from .reference import query_rows
 from .triton import attention_lse_kernel, block_mass_kernel
@@ -20,14 +20,14 @@ _LOG2E = 1.4426950408889634
 _TMA_TARGETS = ("sm_90", "sm_100")
 
 
-def _tiles(dtype: torch.dtype, width: int) -> tuple[int, int, dict[str, int]]:
+def _tiles(dtype: torch.dtype, width: int, tma: bool) -> tuple[int, int, dict[str, int]]:
     """Rows and keys of a tile and the launch options; two or three programs share a multiprocessor."""
     if dtype == torch.float32:
         # Each operand is held twice, as its TF32 value and the remainder, so the tile must be small.
         return (32 if width <= 128 else 16), 64, {"num_warps": 8, "num_stages": 2}
     if width > 128:
         return 64, 64, {"num_warps": 4, "num_stages": 2}
-    return 128, 64, {"num_warps": 4, "num_stages": 2}
+    return 128, 64, {"num_warps": 4, "num_stages": 2 if tma else 3}
 
 
 def _precision() -> str:
@@ -35,13 +35,12 @@ def _precision() -> str:
     return "ieee" if torch.version.hip is not None else "tf32x3"
 
 
-def _keys(k: Tensor, rows: int, widths: tuple[int, int]) -> tuple[Any, Any, bool]:
-    """The key arguments of a launch: two TMA descriptors on Hopper and later, the tensor twice elsewhere."""
-    if capability(k) >= 90:
-        first = describe(k, rows, widths[0])
-        if first is not None:
-            return first, describe(k, rows, widths[1]) if widths[1] else first, True
-    return k, k, False
+def _keys(k: Tensor, rows: int, widths: tuple[int, int], tma: bool) -> tuple[Any, Any]:
+    """The key arguments of a launch: two TMA descriptors, or the tensor twice."""
+    if not tma:
+        return k, k
+    first = describe(k, rows, widths[0])
+    return first, describe(k, rows, widths[1]) if widths[1] else first
 
 
 def block_mass_triton(
@@ -60,28 +59,31 @@ def block_mass_triton(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     widths = split_head_dim(dim)
-    bm, bn, options = _tiles(q.dtype, sum(widths))
+    tma = takes_tma(k)
+    bm, bn, options = _tiles(q.dtype, sum(widths), tma)
     bn = min(bn, max(16, triton.next_power_of_2(block_k)))
     rows_each = min(bm, triton.next_power_of_2(block_q))
     parts = blocks(block_q, bm)
     count = blocks(queries, block_q) if rows is None else rows.shape[0]
     key_blocks = blocks(keys, block_k)
     out = torch.empty(batch, heads, count * parts, key_blocks, dtype=torch.float32, device=q.device)
-    k0, k1, tma = _keys(k, bn, widths)
+    k0, k1 = _keys(k, bn, widths, tma)
     grid = (blocks(count * parts, bm // rows_each), heads, batch)
-    block_mass_kernel[grid](
-        q, k0, k1, lse.contiguous(),
-        q if rows is None else rows.int().contiguous(),
-        q if table is None else table.contiguous(),
-        q if head is None else head.contiguous(),
-        q if key_valid is None else key_valid.contiguous().view(torch.uint8),
-        out, queries, keys, count * parts, key_blocks, scale * _LOG2E,
-        *q.stride()[:3], *k.stride()[:3], keys,
-        BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn,
-        ROWS_EACH=rows_each, PARTS=parts, HAS_ROWS=rows is not None,
-        HAS_ORDER=table is not None and head is not None, HAS_VALID=key_valid is not None, TMA=tma, PRECISION=_precision(),
-        **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        block_mass_kernel[grid](
+            q, k0, k1, lse.contiguous(),
+            q if rows is None else rows.int().contiguous(),
+            q if table is None else table.contiguous(),
+            q if head is None else head.contiguous(),
+            q if key_valid is None else key_valid.contiguous().view(torch.uint8),
+            out, queries, keys, count * parts, key_blocks, scale * _LOG2E,
+            *q.stride()[:3], *k.stride()[:3], keys,
+            BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn,
+            ROWS_EACH=rows_each, PARTS=parts, HAS_ROWS=rows is not None,
+            HAS_ORDER=table is not None and head is not None, HAS_VALID=key_valid is not None,
+            TMA=tma, PRECISION=_precision(),
+            **options,
+        )  # fmt: skip
     if parts == 1:
         return out
     # A query block larger than a tile comes back as sums over its parts.
@@ -98,15 +100,18 @@ def attention_lse_triton(q: Tensor, k: Tensor, scale: float, key_valid: Tensor |
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     widths = split_head_dim(dim)
-    bm, bn, options = _tiles(q.dtype, sum(widths))
+    tma = takes_tma(k)
+    bm, bn, options = _tiles(q.dtype, sum(widths), tma)
     out = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    k0, k1, tma = _keys(k, bn, widths)
-    attention_lse_kernel[(blocks(queries, bm), heads, batch)](
-        q, k0, k1, q if key_valid is None else key_valid.contiguous().view(torch.uint8), out,
-        queries, keys, scale * _LOG2E, *q.stride()[:3], *k.stride()[:3], keys,
-        DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn, HAS_VALID=key_valid is not None, TMA=tma, PRECISION=_precision(),
-        **options,
-    )  # fmt: skip
+    k0, k1 = _keys(k, bn, widths, tma)
+    with torch.cuda.device_of(q):
+        attention_lse_kernel[(blocks(queries, bm), heads, batch)](
+            q, k0, k1, q if key_valid is None else key_valid.contiguous().view(torch.uint8), out,
+            queries, keys, scale * _LOG2E, *q.stride()[:3], *k.stride()[:3], keys,
+            DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn, HAS_VALID=key_valid is not None,
+            TMA=tma, PRECISION=_precision(),
+            **options,
+        )  # fmt: skip
     return out
 
 
@@ -114,7 +119,7 @@ def _specs(dim: int, dtype: str, features: bool, targets: tuple[str, ...]) -> li
     """Both kernels for one head size; ``features`` turns rows, order and ``key_valid`` on."""
     tma, amd = targets == _TMA_TARGETS, targets == ("gfx942",)
     widths = split_head_dim(dim)
-    bm, bn, options = _tiles(torch.float32 if dtype == "fp32" else torch.bfloat16, sum(widths))
+    bm, bn, options = _tiles(torch.float32 if dtype == "fp32" else torch.bfloat16, sum(widths), tma)
     strides = ("qb", "qh", "qs", "kb", "kh", "ks")
     pointers = {name: f"*{dtype}" for name in ("Q", "K0", "K1")}
     if tma:

@@ -82,7 +82,8 @@ def _row_mass(
     return b_mass
 
 
-@triton.jit
+# Counts are not specialised: another number of tokens must not compile another kernel.
+@triton.jit(do_not_specialize=["queries", "keys", "entries", "key_blocks", "stride_valid"])
 def block_mass_kernel(
     Q, K0, K1, LSE, ROWS, TABLE, HEAD, VALID, OUT,
     queries, keys, entries, key_blocks, scale2,
@@ -150,7 +151,7 @@ def _online(b_s, b_m, b_l, scale2, visible, MASKED: tl.constexpr):
     return b_new, b_l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "stride_valid"])
 def attention_lse_kernel(
     Q, K0, K1, VALID, OUT, queries, keys, scale2,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_valid,

@@ -16,7 +16,8 @@ __all__ = ["AOT_SPECS", "permute_and_pool_triton", "permute_triton"]
 _ROWS = 32
 
 
-@triton.jit
+# Counts are not specialised: another number of tokens must not compile another kernel.
+@triton.jit(do_not_specialize=["tokens"])
 def permute_kernel(
     X, TABLE, HEAD, OUT, tokens, stride_b, stride_h, stride_s,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr,
@@ -36,7 +37,7 @@ def permute_kernel(
     tl.store(p_out, tl.load(p_x, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "count", "stride_valid"])
 def permute_and_pool_kernel(
     K, V, TABLE, HEAD, VALID, OUT_K, OUT_V, MEAN_K, MEAN_V, tokens, count,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_valid,
@@ -85,10 +86,11 @@ def permute_triton(x: Tensor, table: Tensor, head: Tensor, inverse: bool) -> Ten
     """Natural to block order, or back; see :func:`dit_accel_kernels.permute_tokens`."""
     batch, heads, tokens, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    permute_kernel[(blocks(tokens, _ROWS), heads, batch)](
-        x, table.contiguous(), head.contiguous(), out, tokens, *x.stride()[:3],
-        DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, INVERSE=inverse, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        permute_kernel[(blocks(tokens, _ROWS), heads, batch)](
+            x, table.contiguous(), head.contiguous(), out, tokens, *x.stride()[:3],
+            DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, INVERSE=inverse, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -101,13 +103,14 @@ def permute_and_pool_triton(
     out_k, out_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     means = (batch, heads, count, dim)
     mean_k, mean_v = (torch.empty(means, dtype=k.dtype, device=k.device) for _ in range(2))
-    permute_and_pool_kernel[(count, heads, batch)](
-        k, v, table.contiguous(), head.contiguous(),
-        k if key_valid is None else key_valid.contiguous().view(torch.uint8),
-        out_k, out_v, mean_k, mean_v, tokens, count, *k.stride()[:3], *v.stride()[:3], tokens,
-        BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=min(_ROWS, triton.next_power_of_2(block)),
-        HAS_VALID=key_valid is not None, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(k):
+        permute_and_pool_kernel[(count, heads, batch)](
+            k, v, table.contiguous(), head.contiguous(),
+            k if key_valid is None else key_valid.contiguous().view(torch.uint8),
+            out_k, out_v, mean_k, mean_v, tokens, count, *k.stride()[:3], *v.stride()[:3], tokens,
+            BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=min(_ROWS, triton.next_power_of_2(block)),
+            HAS_VALID=key_valid is not None, num_warps=4,
+        )  # fmt: skip
     return out_k, out_v, mean_k, mean_v, valid_counts(tokens, block, key_valid, k.device)
 
 

@@ -13,7 +13,8 @@ from ..aot_spec import AotSpec
 __all__ = ["AOT_SPECS", "block_stats_triton", "valid_counts"]
 
 
-@triton.jit
+# Counts are not specialised: another number of tokens must not compile another kernel.
+@triton.jit(do_not_specialize=["tokens", "count", "stride_valid"])
 def block_stats_kernel(
     X, VALID, MEAN, ABSMAX, tokens, count,
     stride_b, stride_h, stride_s, stride_valid,
@@ -60,12 +61,13 @@ def block_stats_triton(x: Tensor, block: int, key_valid: Tensor | None) -> tuple
     count = blocks(tokens, block)
     mean = torch.empty(batch, heads, count, dim, dtype=x.dtype, device=x.device)
     absmax = torch.empty(batch, heads, count, dim, dtype=torch.float32, device=x.device)
-    block_stats_kernel[(count, heads, batch)](
-        x, x if key_valid is None else key_valid.contiguous().view(torch.uint8), mean, absmax, tokens, count,
-        *x.stride()[:3], tokens,
-        BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=min(32, triton.next_power_of_2(block)),
-        HAS_VALID=key_valid is not None, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        block_stats_kernel[(count, heads, batch)](
+            x, x if key_valid is None else key_valid.contiguous().view(torch.uint8), mean, absmax, tokens, count,
+            *x.stride()[:3], tokens,
+            BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=min(32, triton.next_power_of_2(block)),
+            HAS_VALID=key_valid is not None, num_warps=4,
+        )  # fmt: skip
     return mean, absmax, valid_counts(tokens, block, key_valid, x.device)
 
 
