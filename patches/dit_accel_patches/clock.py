@@ -90,11 +90,11 @@ class Clock:
         name = getattr(context, "name", None)
         fresh = self._begins_run(now, name)
         if fresh or self._last is None:
-            self._first = now.step
             if now.source == "timestep" and timestep is not None:
                 # The first timestep of a run is its largest, which tells the models that count from 0 to 1.
                 self._scale = 1000.0 if timestep > 1.0 else 1.0
                 now.step = 0
+            self._first = now.step
         else:
             self._advance(now, named=name is not None)
         self._last = now
@@ -128,12 +128,18 @@ class Clock:
         if self._differs_in_run(now):
             self._opening = {name} if name is not None else set()
             return True
-        if name is None or now.source == "timestep" or self._last is None or now.step != self._first:
+        if name is None or not self._in_first_step(now):
             return False
         # A branch that comes again in the first step: the run before was interrupted there.
         again = name in self._opening
         self._opening = {name} if again else self._opening | {name}
         return again
+
+    def _in_first_step(self, now: _Last) -> bool:
+        last = self._last
+        if now.source != "timestep" or last is None:
+            return now.step == self._first
+        return now.timestep == last.timestep and last.step == self._first
 
     def _differs_in_run(self, now: _Last) -> bool:
         last = self._last

@@ -16,7 +16,7 @@ def _active_backend():
     registry = attention_dispatch._AttentionBackendRegistry
     active = registry._active_backend
     yield
-    registry.set_active_backend(active)
+    registry._active_backend = active
 
 
 def warnings_of(caplog):
@@ -53,7 +53,7 @@ def test_a_backend_set_before_computes_the_dense_calls(wan, make_run, monkeypatc
         return original(**kwargs)
 
     wan.model.set_attention_backend("_native_math")
-    registry.set_active_backend(names.NATIVE)
+    registry._active_backend = names.NATIVE
     monkeypatch.setitem(registry._backends, names._NATIVE_MATH, spy)
     install(wan.model, WAN, make_run())
     wan(num_inference_steps=1)

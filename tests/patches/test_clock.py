@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers.hooks import hooks
 from torch import nn
 
 from dit_accel.geometry import TokenGeometry
@@ -31,6 +34,7 @@ def brief(told):
     return [(info.step, info.branch, fresh) for info, fresh in told]
 
 
+@pytest.mark.skipif(not hasattr(hooks, "CacheContext"), reason="this diffusers names the branch only")
 def test_wan_pipeline_tells_the_step_itself(wan, make_run):
     run = make_run()
     install(wan.model, WAN, run)
@@ -140,6 +144,16 @@ def test_an_interrupted_run_is_reset_by_the_next(wan, make_run):
     wan()
     assert run.resets == 3
     assert run.steps[4:] == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")]
+
+
+def test_a_named_branch_that_comes_again_in_the_first_step_is_a_new_run():
+    clock, model = Clock(), Model()
+    told = []
+    for name, value in (("cond", 9.0), ("uncond", 9.0), ("cond", 9.0), ("uncond", 9.0), ("cond", 5.0), ("cond", 5.0)):
+        context = SimpleNamespace(name=name)
+        told.append(clock.tick(model, (None,), {"timestep": torch.tensor([value])}, context, GRID))
+    assert [fresh for _, fresh in told] == [True, False, True, False, False, False]
+    assert [info.step for info, _ in told] == [0, 0, 0, 0, 1, 1]
 
 
 def test_timestep_going_up_is_a_new_run():
