@@ -138,7 +138,8 @@ def _prepare(
         k, v = (x.masked_fill(~key_valid[:, None, :, None], 0) for x in (k, v))
     k_blocks, v_blocks = (_blocks(x, kb, bk).view(-1, bk * dim) for x in (k, v))
     number = torch.arange(batch * heads)
-    more, bias = torch.empty(batch * heads, 0, dtype=torch.int64), q.new_empty(batch * heads * qb, 0)
+    more = torch.empty(batch * heads, 0, dtype=torch.int64)
+    bias = torch.empty(batch * heads * qb, 0, dtype=q.dtype if q.dtype == torch.float64 else torch.float32)
     if pooled is not None:
         extra = -(-kb // bk)
         more = (batch * heads * kb + torch.arange(batch * heads * extra)).view(-1, extra)
@@ -192,6 +193,7 @@ def _pooled(
     """Lay the pooled keys and values out as blocks, and give the bias of each of them for each row."""
     batch, heads, qb = shape
     kb = pooled.k.shape[2]
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     # A non-finite mean must spoil the rows that pool it and no other: it moves from the key to the bias.
     finite = (pooled.k.isfinite() & pooled.v.isfinite()).all(-1)
     k, v = (
@@ -199,7 +201,7 @@ def _pooled(
     )
     bias = pooled.bias.masked_fill(~finite & (pooled.bias > -torch.inf), torch.nan)
     exact = unpack_bits(pooled.bits, kb) != 0
-    bias = bias[:, :, None].to(dtype).expand(*shape, kb).masked_fill(exact, -torch.inf)
+    bias = bias[:, :, None].to(accumulate).expand(*shape, kb).masked_fill(exact, -torch.inf)
     bias = torch.nn.functional.pad(bias, (0, -kb % block), value=-torch.inf)
     return k, v, bias.reshape(batch * heads * qb, -1)
 
@@ -223,7 +225,7 @@ def _bias(work: _Work, part: Tensor, n: int, width: int) -> Tensor | None:
     if seen is None and pooled == 0:
         return None
     rows = 1 if seen is None else seen.shape[1]
-    bias = work.q.new_zeros(len(part), rows, width)
+    bias = torch.zeros(len(part), rows, width, dtype=work.bias.dtype)
     bias[..., :pooled] = work.bias[part, None]
     if seen is not None:
         bias[..., pooled:].masked_fill_(~seen[..., : width - pooled], -torch.inf)

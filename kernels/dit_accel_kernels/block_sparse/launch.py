@@ -45,7 +45,7 @@ def block_sparse_triton(
         order: order of the queries.
         pooled: what stands for the blocks that are not visited.
         windows: token windows of partial blocks; without them partial blocks are whole.
-        key_valid: bool ``[B, Sk]``, false for padding.
+        key_valid: bool ``[B, Sk]``, false for padding, which must be finite: descriptor loads cannot mask it.
         return_lse: compute the log-sum-exp; otherwise an empty tensor stands for it.
         config: shape of a program, to tune or test; by default from the table, without tensor descriptors where
             they cannot be used.
@@ -62,7 +62,7 @@ def block_sparse_triton(
         if x.stride(2) > _MAX_TOKEN_STRIDE:
             raise ValueError(f"the token stride of {name} must be at most {_MAX_TOKEN_STRIDE}, got {x.stride(2)}")
     arch = _arch(q.device)
-    reason = tma_reason(k, v, arch, key_valid is not None)
+    reason = tma_reason(k, v, arch)
     if config is None:
         config = tile_config(arch, dim, q.element_size(), lists.block_q, lists.block_k)
     elif config.tma and reason is not None:
@@ -73,16 +73,16 @@ def block_sparse_triton(
     d0, d1 = split_head_dim(dim)
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    args: dict[str, Any] = {"q": q, "k": k, "v": v, "k_hi": None, "v_hi": None, "out": out, "scale": scale}
-    if use_tma:
-        args["k"], args["v"] = (_descriptor(x, config.block_n, d0) for x in (k, v))
-        if d1:
-            args["k_hi"], args["v_hi"] = (_descriptor(x, config.block_n, d1) for x in (k, v))
-    args["lse"] = lse if return_lse else None
+    args: dict[str, Any] = {"q": q, "out": out, "lse": lse if return_lse else None, "scale": scale}
     args |= _list_args(lists) | _order_args(order) | _pooled_args(pooled) | _window_args(windows)
     args["key_valid"] = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
-        args[f"{name}_b"], args[f"{name}_h"], args[f"{name}_s"] = x.stride()[:3]
+    tiled: dict[str, Tensor | None] = {"k": k, "v": v, "pool_k": None, "pool_v": None}
+    if pooled is not None:
+        tiled |= {"pool_k": pooled.k.contiguous(), "pool_v": pooled.v.contiguous()}
+    for name, x in {"q": q, "out": out, **tiled}.items():
+        args |= {f"{name}_{dim}": n for dim, n in zip("bhs", (0, 0, 0) if x is None else x.stride())}
+    for name, x in tiled.items():
+        args |= _tiles(name, x, config.block_n, (d0, d1) if use_tma else None)
     grid = (-(-sq // config.block_m), heads, batch)
     with _on(q.device):
         block_sparse_fwd_kernel[grid](
@@ -111,25 +111,31 @@ def block_sparse_triton(
     return out, lse
 
 
-def tma_reason(k: Tensor, v: Tensor, arch: str, key_valid: bool = False) -> str | None:
+def tma_reason(k: Tensor, v: Tensor, arch: str) -> str | None:
     """Say why tensor descriptors cannot read ``k`` and ``v``, or return ``None``.
 
     Args:
         k: ``[B, H, Sk, D]``.
         v: ``[B, H, Sk, D]``.
         arch: as in :func:`~.configs.tile_config`.
-        key_valid: whether some keys are padding. Their values may be NaN, which only a masked load keeps out.
     """
     if arch != "interpreter" and not (arch.startswith("sm_") and int(arch[3:]) >= 90):
         return f"the architecture must be sm_90 or newer, got {arch}"
-    if key_valid:
-        return "key_valid needs masked loads"
     for name, x in (("k", k), ("v", v)):
         size = x.element_size()
         strides = [s * size for n, s in zip(x.shape[:3], x.stride()[:3]) if n > 1]
+        strides += [x.shape[3] * size]  # the pooled keys are contiguous
         if x.data_ptr() % 16 or any(s % 16 or s <= 0 for s in strides):
             return f"{name} must have addresses and strides that are multiples of 16 bytes, got strides {strides}"
     return None
+
+
+def _tiles(name: str, x: Tensor | None, block_n: int, split: tuple[int, int] | None) -> dict[str, Any]:
+    """The argument ``name`` and, for the second part of the head size, ``name_hi``: a tensor or two descriptors."""
+    if x is None or split is None:
+        return {name: x, f"{name}_hi": None}
+    low, high = (_descriptor(x, block_n, width) if width else None for width in split)
+    return {name: low, f"{name}_hi": high}
 
 
 def _descriptor(x: Tensor, block_n: int, width: int) -> Any:
@@ -166,17 +172,12 @@ def _order_args(order: TokenOrder | None) -> dict[str, Any]:
 
 
 def _pooled_args(pooled: Pooled | None) -> dict[str, Any]:
-    args: dict[str, Any] = dict.fromkeys(("pool_k", "pool_v", "bias", "bits"))
-    args |= dict.fromkeys(
-        [f"{x}_{dim}" for x in ("pool_k", "pool_v") for dim in "bhs"] + ["bits_b", "bits_h", "bias_b", "bias_h"], 0
-    )
-    if pooled is not None:
-        bias, bits = pooled.bias.contiguous(), pooled.bits.contiguous()
-        args |= {"pool_k": pooled.k, "pool_v": pooled.v, "bias": bias, "bits": bits}
-        for name, x in (("pool_k", pooled.k), ("pool_v", pooled.v)):
-            args[f"{name}_b"], args[f"{name}_h"], args[f"{name}_s"] = x.stride()[:3]
-        args["bits_b"], args["bits_h"] = _broadcast(bits)
-        args["bias_b"], args["bias_h"] = _broadcast(bias)
+    if pooled is None:
+        return dict.fromkeys(("bias", "bits")) | dict.fromkeys(("bits_b", "bits_h", "bias_b", "bias_h"), 0)
+    bias, bits = pooled.bias.contiguous(), pooled.bits.contiguous()
+    args: dict[str, Any] = {"bias": bias, "bits": bits}
+    args["bits_b"], args["bits_h"] = _broadcast(bits)
+    args["bias_b"], args["bias_h"] = _broadcast(bias)
     return args
 
 

@@ -18,7 +18,7 @@ _POINTERS = {
 _OPTIONAL = {
     "HAS_PARTIAL": {"partial": "*i32"},
     "HAS_ORDER": {"table": "*i32", "head_row": "*i32"},
-    "HAS_POOLED": {"pool_k": "*x", "pool_v": "*x", "bias": "*fp32", "bits": "*i32"},
+    "HAS_POOLED": {"bias": "*fp32", "bits": "*i32"},
     "HAS_WINDOWS": {"q_lo": "*i32", "q_hi": "*i32", "k_code": "*i32"},
     "HAS_VALID": {"key_valid": "*u8"},
 }
@@ -40,14 +40,16 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
             ("plain", 256, "bf16", {}),
             ("pooled+order", 64, "bf16", {"HAS_POOLED": True, "HAS_ORDER": True}),
             ("pooled+order", 128, "bf16", {"HAS_POOLED": True, "HAS_ORDER": True}),
+            ("ragged+pooled+order", 128, "bf16", {"EVEN_K": False, "HAS_POOLED": True, "HAS_ORDER": True}),
+            ("ragged+pooled+order", 64, "bf16", {"EVEN_K": False, "HAS_POOLED": True, "HAS_ORDER": True}),
+            ("ragged+pooled+order", 96, "bf16", {"EVEN_K": False, "HAS_POOLED": True, "HAS_ORDER": True}),
             ("windows", 128, "bf16", {"HAS_PARTIAL": True, "HAS_WINDOWS": True}),
             ("valid", 128, "bf16", {"HAS_VALID": True, "EVEN_K": False}),
             ("ragged", 128, "fp32", {"EVEN_K": False}),
         ]
         for label, dim, dtype, flags in cases:
             config = tile_config(arch, dim, _BYTES[dtype], 128, 128)
-            tma = config.tma and not flags.get("HAS_VALID", False)
-            specs.append(_spec(kernel, target, label, dim, dtype, config, tma, precision, flags))
+            specs.append(_spec(kernel, target, label, dim, dtype, config, precision, flags))
     return specs
 
 
@@ -58,7 +60,6 @@ def _spec(
     dim: int,
     dtype: str,
     config: TileConfig,
-    tma: bool,
     precision: str,
     flags: dict[str, bool],
 ) -> AotSpec:
@@ -71,21 +72,21 @@ def _spec(
         "BLOCK_K": 128,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "TMA": tma,
+        "TMA": config.tma,
         "PRECISION": precision if dtype == "fp32" else "tf32",
         "EVEN_K": flags.get("EVEN_K", True),
         "HAS_LSE": True,
     }
     values.update({name: flags.get(name, False) for name in _OPTIONAL})
-    types = {"q": f"*{dtype}", "out": f"*{dtype}", **_POINTERS}
-    for part, width in (("k", d0), ("v", d0), ("k_hi", d1), ("v_hi", d1)):
-        if tma and width:
-            types[part] = f"tensordesc<{dtype}[1, 1, {config.block_n}, {width}]>"
-        elif not part.endswith("_hi"):
-            types[part] = f"*{dtype}"
+    types: dict[str, str] = {"q": f"*{dtype}", "out": f"*{dtype}", **_POINTERS}
+    for part in ("k", "v", "pool_k", "pool_v") if values["HAS_POOLED"] else ("k", "v"):
+        types[part] = f"*{dtype}"
+        for name, width in ((part, d0), (f"{part}_hi", d1)):
+            if config.tma and width:
+                types[name] = f"tensordesc<{dtype}[1, 1, {config.block_n}, {width}]>"
     for flag, pointers in _OPTIONAL.items():
         if values[flag]:
-            types.update({name: kind.replace("*x", f"*{dtype}") for name, kind in pointers.items()})
+            types.update(pointers)
     signature = {}
     for name in kernel.arg_names:
         if name in types:

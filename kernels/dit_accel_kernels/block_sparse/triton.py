@@ -84,8 +84,8 @@ def _inside(q_lo, q_hi, k_code, o_q, o_k, m_q, m_k, sq, sk):
 
 @triton.jit(do_not_specialize=["sq", "sk", "list_b", "list_h", "bits_b", "bits_h", "bias_b", "bias_h"])
 def block_sparse_fwd_kernel(
-    q, k, v, k_hi, v_hi, out, lse, row_start, full, partial, indices, table, head_row, pool_k, pool_v, bias, bits,
-    q_lo, q_hi, k_code, key_valid, scale, sq, sk,
+    q, k, v, k_hi, v_hi, out, lse, row_start, full, partial, indices, table, head_row, pool_k, pool_v,
+    pool_k_hi, pool_v_hi, bias, bits, q_lo, q_hi, k_code, key_valid, scale, sq, sk,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
     pool_k_b, pool_k_h, pool_k_s, pool_v_b, pool_v_h, pool_v_s, list_b, list_h, bits_b, bits_h, bias_b, bias_h,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -138,25 +138,34 @@ def block_sparse_fwd_kernel(
         n_plain -= (last == kb - 1).to(tl.int32)
 
     m_k = o_n >= 0
-    for j in tl.range(0, n_plain * SUB):
-        start = tl.load(indices + j // SUB) * BLOCK_K + (j % SUB) * BLOCK_N
-        if HAS_VALID:
-            m_k = tl.load(key_valid + start + o_n) != 0
-        k0 = _load_tile(k, k_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, HAS_VALID)
-        k1 = k0
-        if D1 > 0:
-            k1 = _load_tile(k_hi, k_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, HAS_VALID)
-        logits = _logits(q0, q1, k0, k1, D1, PRECISION)
-        if HAS_VALID:
-            logits = tl.where(m_k[None, :], logits, float("-inf"))
-        v0 = _load_tile(v, v_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, HAS_VALID)
-        v1 = v0
-        if D1 > 0:
-            v1 = _load_tile(v_hi, v_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, HAS_VALID)
-        acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
+    # Pooled, masked, plain; the first two in two stages: in most other arrangements ptxas gives up overlapping the wgmma
+    # of all three loops (C7515), and deeper buffers would leave room for one program an SM instead of two.
+    if HAS_POOLED:
+        if not TMA:
+            pool_k += w_b * pool_k_b + w_h * pool_k_h
+            pool_v += w_b * pool_v_b + w_h * pool_v_h
+            pool_k_hi, pool_v_hi = pool_k, pool_v
+        bias += w_b * bias_b + w_h * bias_h
+        bits += w_b * bits_b + w_h * bits_h + i_q.to(tl.int64) * tl.cdiv(kb, 32)
+        for start in tl.range(0, kb, BLOCK_N, num_stages=2):
+            o_k = start + o_n
+            word = tl.load(bits + o_k // 32, mask=o_k < kb, other=-1)
+            b_bias = tl.load(bias + o_k, mask=o_k < kb, other=float("-inf"))
+            m_k = (((word >> (o_k % 32)) & 1) == 0) & (b_bias > float("-inf"))
+            b_bias = tl.where(m_k, b_bias / scale, float("-inf"))
+            k0 = _load_tile(pool_k, pool_k_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, True)
+            k1 = k0
+            if D1 > 0:
+                k1 = _load_tile(pool_k_hi, pool_k_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, True)
+            logits = _logits(q0, q1, k0, k1, D1, PRECISION) + b_bias[None, :]
+            v0 = _load_tile(pool_v, pool_v_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, True)
+            v1 = v0
+            if D1 > 0:
+                v1 = _load_tile(pool_v_hi, pool_v_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, True)
+            acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
 
     if HAS_PARTIAL or not EVEN_K:
-        for j in tl.range(n_plain * SUB, n_all * SUB, num_stages=1):
+        for j in tl.range(n_plain * SUB, n_all * SUB, num_stages=2):
             start = tl.load(indices + j // SUB) * BLOCK_K + (j % SUB) * BLOCK_N
             m_k = start + o_n < sk
             if HAS_VALID:
@@ -176,27 +185,22 @@ def block_sparse_fwd_kernel(
                 v1 = _load_tile(v_hi, v_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, True)
             acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
 
-    if HAS_POOLED:
-        pool_k += w_b * pool_k_b + w_h * pool_k_h
-        pool_v += w_b * pool_v_b + w_h * pool_v_h
-        bias += w_b * bias_b + w_h * bias_h
-        bits += w_b * bits_b + w_h * bits_h + i_q.to(tl.int64) * tl.cdiv(kb, 32)
-        for start in tl.range(0, kb, BLOCK_N):
-            o_k = start + o_n
-            word = tl.load(bits + o_k // 32, mask=o_k < kb, other=-1)
-            b_bias = tl.load(bias + o_k, mask=o_k < kb, other=float("-inf"))
-            m_k = (((word >> (o_k % 32)) & 1) == 0) & (b_bias > float("-inf"))
-            k0 = _load_tile(pool_k, pool_k_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, False, True)
-            k1 = k0
-            if D1 > 0:
-                k1 = _load_tile(pool_k, pool_k_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, False, True)
-            logits = _logits(q0, q1, k0, k1, D1, PRECISION) + (b_bias / scale)[None, :]
+    for j in tl.range(0, n_plain * SUB):
+        start = tl.load(indices + j // SUB) * BLOCK_K + (j % SUB) * BLOCK_N
+        if HAS_VALID:
+            m_k = tl.load(key_valid + start + o_n) != 0
+        k0 = _load_tile(k, k_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, HAS_VALID)
+        k1 = k0
+        if D1 > 0:
+            k1 = _load_tile(k_hi, k_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, HAS_VALID)
+        logits = _logits(q0, q1, k0, k1, D1, PRECISION)
+        if HAS_VALID:
             logits = tl.where(m_k[None, :], logits, float("-inf"))
-            v0 = _load_tile(pool_v, pool_v_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, False, True)
-            v1 = v0
-            if D1 > 0:
-                v1 = _load_tile(pool_v, pool_v_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, False, True)
-            acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
+        v0 = _load_tile(v, v_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, HAS_VALID)
+        v1 = v0
+        if D1 > 0:
+            v1 = _load_tile(v_hi, v_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, HAS_VALID)
+        acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
 
     if HAS_ORDER:
         # Read again, under another policy lest the compiler reuse the first: kept over the loops it costs registers.
