@@ -79,11 +79,11 @@ class Handle:
 
 
 def _transformers(target: Any) -> dict[str, nn.Module]:
-    """Transformers of a pipeline, or the transformer itself, by component name."""
-    if isinstance(target, nn.Module):
-        return {"transformer": target}
-    found = {n: getattr(target, n, None) for n in _COMPONENTS}
-    modules = {name: m for name, m in found.items() if isinstance(m, nn.Module)}
+    """Transformers of a pipeline, or the transformer itself, by component name; compiled ones unwrapped."""
+    found = (
+        {"transformer": target} if isinstance(target, nn.Module) else {n: getattr(target, n, None) for n in _COMPONENTS}
+    )
+    modules = {name: getattr(m, "_orig_mod", m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not modules:
         raise ValueError(
             "expected a diffusers pipeline with a transformer, or a transformer, got "

@@ -131,6 +131,18 @@ def test_bare_transformer(pipe: Any) -> None:
     assert 0 < _relative(out, dense) < 0.3
 
 
+def test_compiled_transformer_is_unwrapped(pipe: Any, generate: Generate) -> None:
+    plain = pipe.transformer
+    with dit_accel.enable(pipe, "auto", min_tokens=0, density=0.3):
+        expected = generate()
+    pipe.transformer = torch.compile(plain, backend="eager")
+    with dit_accel.enable(pipe, "auto", min_tokens=0, density=0.3) as handle:
+        out = generate()
+        assert handle.stats()["transformer"].model == "WanTransformer3DModel"
+        assert handle.stats()["transformer"].sparse_calls > 0
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_two_transformers_of_wan22(pipe: Any, generate: Generate) -> None:
     second = copy.deepcopy(pipe.transformer)
     two = type(pipe)(
