@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import dit_accel
 from dit_accel_eval.files import append_record, read_records
 from dit_accel_eval.generate import Clips, generate
 from dit_accel_eval.metrics import paired
+from dit_accel_eval.video import Frames
 
 __all__ = ["Configuration", "compare", "summarise"]
 
@@ -51,7 +54,9 @@ def compare(
     *,
     seed: int = 0,
     batch: int = 1,
+    tag: str = "",
     on_record: Callable[[dict[str, Any]], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     **call: Any,
 ) -> list[dict[str, Any]]:
     """Generate each prompt dense and with each configuration, and measure the difference on raw frames.
@@ -66,7 +71,9 @@ def compare(
         out: JSON lines, one record for each prompt and configuration.
         seed: first seed.
         batch: prompts in one pipeline call; seconds are then the share of one clip.
+        tag: whatever else must agree for a record in ``out`` to count, such as a digest of the weights.
         on_record: called with each new record.
+        stop: asked before each configuration; true ends the comparison with what there is.
         **call: arguments of the pipeline call, such as ``num_frames``.
 
     Returns:
@@ -83,7 +90,7 @@ def compare(
     records = read_records(out)
     # A file of an earlier run with other settings must not pass for this one.
     settings = {key: value for key, value in sorted(call.items()) if isinstance(value, (int, float, str))}
-    settings["batch"] = batch
+    settings |= {"batch": batch, "tag": tag}
     known = {(r["name"], r["prompt"], r["seed"]) for r in records if r.get("call") == settings}
     records = [r for r in records if r.get("call") == settings]
     for start, group in _batches(prompts, batch):
@@ -91,8 +98,12 @@ def compare(
         missing = [c for c in configurations if any((c.name, p, s) not in known for p, s in zip(group, seeds))]
         if not missing:
             continue
+        if stop is not None and stop():
+            return records
         dense = generate(pipe, group, seeds, **call)
         for configuration in missing:
+            if stop is not None and stop():
+                return records
             for record in _measure(pipe, configuration, group, seeds, dense, call):
                 if (record["name"], record["prompt"], record["seed"]) in known:
                     continue
@@ -125,8 +136,12 @@ def _measure(
     more["seconds"] = clips.denoise_seconds / len(prompts)
     more["decode_seconds"] = clips.decode_seconds / len(prompts)
     more["dense_seconds"] = dense.denoise_seconds / len(prompts)
+
+    def place(clip: Frames) -> torch.Tensor:
+        return torch.from_numpy(clip).to(pipe._execution_device)
+
     return [
-        {**record, **paired(clip, reference).to_dict(), **more}
+        {**record, **paired(place(clip), place(reference)).to_dict(), **more}
         for record, clip, reference in zip(base, clips.frames, dense.frames)
     ]
 

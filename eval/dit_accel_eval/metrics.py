@@ -45,7 +45,7 @@ class Paired:
 
 
 def as_frames(clip: Any, name: str = "clip") -> Tensor:
-    """Check a clip and bring it to float32 ``[T, H, W, 3]`` in [0, 1].
+    """Check a clip and bring it to float32 ``[T, H, W, 3]`` in [0, 1], on the device where it is.
 
     Args:
         clip: array or tensor ``[T, H, W, 3]``, uint8, or floating point in [0, 1].
@@ -54,7 +54,7 @@ def as_frames(clip: Any, name: str = "clip") -> Tensor:
     Raises:
         ValueError: wrong shape or dtype, no frames, NaN or infinity, or values outside [0, 1].
     """
-    frames = torch.as_tensor(np.asarray(clip) if not isinstance(clip, Tensor) else clip).detach().cpu()
+    frames = torch.as_tensor(np.asarray(clip) if not isinstance(clip, Tensor) else clip).detach()
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"{name} must be frames [T, H, W, 3], got shape {tuple(frames.shape)}")
     if frames.dtype == torch.uint8:
@@ -106,6 +106,8 @@ def ssim(clip: Any, reference: Any) -> float:
     a, b = _pair(clip, reference)
     if min(a.shape[1:3]) < _SSIM_SIDE:
         raise ValueError(f"SSIM needs frames of at least {_SSIM_SIDE} pixels a side, got {tuple(a.shape[1:3])}")
+    if a.is_cuda:  # torch rounds the inputs of float32 convolutions to TF32 there, which shows in the fourth digit
+        a, b = a.double(), b.double()
     value = structural_similarity_index_measure(
         a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2), gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
     )

@@ -24,7 +24,7 @@ def to_uint8(clip: Any) -> Frames:
     """Bring a clip to uint8 ``[T, H, W, 3]``; see :func:`dit_accel_eval.metrics.as_frames` for what a clip is."""
     if isinstance(clip, np.ndarray) and clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[-1] == 3 and clip.size:
         return clip
-    frames: Frames = (as_frames(clip) * 255).round().numpy().astype(np.uint8)
+    frames: Frames = (as_frames(clip) * 255).round().cpu().numpy().astype(np.uint8)
     return frames
 
 
