@@ -79,10 +79,10 @@ def block_sparse_triton(
     tiled: dict[str, Tensor | None] = {"k": k, "v": v, "pool_k": None, "pool_v": None}
     if pooled is not None:
         tiled |= {"pool_k": pooled.k.contiguous(), "pool_v": pooled.v.contiguous()}
-    for name, x in {"q": q, "out": out, **tiled}.items():
-        args |= {f"{name}_{dim}": n for dim, n in zip("bhs", (0, 0, 0) if x is None else x.stride())}
-    for name, x in tiled.items():
-        args |= _tiles(name, x, config.block_n, (d0, d1) if use_tma else None)
+    for name, tensor in {"q": q, "out": out, **tiled}.items():
+        args |= {f"{name}_{axis}": n for axis, n in zip("bhs", (0, 0, 0) if tensor is None else tensor.stride())}
+    for name, tensor in tiled.items():
+        args |= _tiles(name, tensor, config.block_n, (d0, d1) if use_tma else None)
     grid = (-(-sq // config.block_m), heads, batch)
     with _on(q.device):
         block_sparse_fwd_kernel[grid](
