@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
 
 from torch import Tensor
 
 __all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "resolve_backend", "triton_reason"]
 
 MAX_HEAD_DIM = 256
+# Constants, not cached functions: torch.compile traces through what uses them.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def blocks(tokens: int, block: int) -> int:
@@ -26,14 +27,9 @@ def check_bhsd(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have a contiguous last dimension, got strides {x.stride()}")
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def triton_reason(x: Tensor) -> str | None:
     """Why the Triton kernels of this package cannot take ``x``, or ``None`` if they can."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "triton is not installed"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"expected a CUDA or ROCm tensor, got one on {x.device}"

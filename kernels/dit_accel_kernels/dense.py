@@ -7,7 +7,6 @@ it is always float32 ``[B, H, Sq]``, natural logarithm, ``-inf`` for a query tha
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .block_mass import attention_lse
 __all__ = ["dense_attention", "dense_kernel", "lse_merge"]
 
 _aten = torch.ops.aten
+_HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 
 
 def dense_attention(
@@ -93,14 +93,9 @@ def lse_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tup
     Returns:
         ``[B, H, S, D]`` of the dtype of ``out_a`` and float32 ``[B, H, S]``.
     """
-    if out_a.is_cuda and _has_xformers():
+    if out_a.is_cuda and _HAS_XFORMERS:
         return _merge_xformers(out_a, lse_a, out_b, lse_b)
     return _merge_torch(out_a, lse_a, out_b, lse_b)
-
-
-@lru_cache(maxsize=1)
-def _has_xformers() -> bool:
-    return importlib.util.find_spec("xformers") is not None
 
 
 def _merge_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

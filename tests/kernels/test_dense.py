@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_accel_kernels import attention_lse, dense, dense_attention, dense_kernel, lse_merge
+from dit_accel_kernels import (
+    TokenOrder,
+    attention_lse,
+    block_mass,
+    block_stats,
+    dense,
+    dense_attention,
+    dense_kernel,
+    invert_order,
+    lse_merge,
+    permute_and_pool,
+    permute_tokens,
+    unpermute_tokens,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OUT_TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -85,6 +98,21 @@ def test_fake_kernel_agrees_with_the_real_one() -> None:
         torch.library.opcheck(op, (q, q.clone(), q.clone(), 0.25, None), test_utils=tests)
 
 
+def test_every_small_operator_compiles_into_one_graph() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, table: Tensor, head: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        order = TokenOrder(table, head)
+        out, lse = dense_attention(q, k, v, key_valid=valid)
+        mass = block_mass(q, k, attention_lse(q, k), block_q=32, block_k=32, order=order)
+        pool = permute_and_pool(k, v, order, block=32, key_valid=valid)
+        back = unpermute_tokens(permute_tokens(v, order), order)
+        return *lse_merge(out, lse, back, lse), mass, pool.mean_k, block_stats(k, block=32).absmax, invert_order(table)
+
+    q, k, v = (torch.randn(1, 100, 2, 64).transpose(1, 2) for _ in range(3))
+    arguments = (q, k, v, torch.randperm(100).int()[None], torch.zeros(2, dtype=torch.int32), torch.rand(1, 100) > 0.2)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(got, step(*arguments))
+
+
 def test_merge_of_two_halves_is_the_whole() -> None:
     q, k, v = (torch.randn(2, 3, 100, 64) for _ in range(3))
     a, b = (dense_attention(q, k[:, :, part], v[:, :, part]) for part in (slice(0, 30), slice(30, None)))
@@ -130,7 +158,7 @@ def test_xformers_is_used_only_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("xFormers has no CPU kernel")
 
-    monkeypatch.setattr(dense, "_has_xformers", lambda: True)
+    monkeypatch.setattr(dense, "_HAS_XFORMERS", True)
     monkeypatch.setattr(dense, "_merge_xformers", refuse)
     out, lse = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4)
     lse_merge(out, lse, out, lse)
