@@ -98,6 +98,7 @@ def test_fake_kernel_agrees_with_the_real_one() -> None:
         torch.library.opcheck(op, (q, q.clone(), q.clone(), 0.25, None), test_utils=tests)
 
 
+@pytest.mark.no_poison  # the poisoned torch.empty is not torch's, so it breaks the graph
 def test_every_small_operator_compiles_into_one_graph() -> None:
     def step(q: Tensor, k: Tensor, v: Tensor, table: Tensor, head: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         order = TokenOrder(table, head)

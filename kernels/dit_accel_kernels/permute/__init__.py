@@ -46,7 +46,7 @@ def invert_order(table: Tensor) -> Tensor:
         int32 ``[N, S]`` with ``inverse[n, table[n, i]] = i``.
     """
     places = torch.arange(table.shape[1], dtype=torch.int32, device=table.device).expand(table.shape)
-    return torch.empty(table.shape, dtype=torch.int32, device=table.device).scatter_(1, table.long(), places)
+    return torch.zeros(table.shape, dtype=torch.int32, device=table.device).scatter_(1, table.long(), places)
 
 
 def permute_tokens(x: Tensor, order: TokenOrder, *, backend: str | None = None) -> Tensor:
