@@ -5,7 +5,7 @@
 
 Each prompt is generated dense and with each method from the same noise, at the same work over the whole run: warm-up,
 planning and pooled keys count. PSNR and SSIM are against the dense clip, on raw frames. The row `another seed` is dense
-with other noise: what two unrelated clips score. Results are written after each sample, and a run that is started again with the
+with other noise: what two unrelated clips score. Results are written after each sample; a run started again with the
 same options goes on where it stopped.
 """
 
@@ -15,20 +15,23 @@ import argparse
 import csv
 import hashlib
 import io
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import dit_accel
-from dit_accel.demo.pipeline import load
-from dit_accel.env import gpus, versions
-from dit_accel_eval.compare import Configuration, compare, summarise
-from dit_accel_eval.files import read_records, write_json, write_text
-from dit_accel_eval.generate import generate
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval")]
+
+import dit_accel  # noqa: E402
+from dit_accel.demo.pipeline import load  # noqa: E402
+from dit_accel.env import gpus, versions  # noqa: E402
+from dit_accel_eval.compare import Configuration, compare, summarise  # noqa: E402
+from dit_accel_eval.files import read_records, write_json, write_text  # noqa: E402
+from dit_accel_eval.generate import generate  # noqa: E402
+
 METHODS = ("auto", "paro", "adaspa", "gna", "na", "dina")
 FLOOR = "another seed"
 CALIBRATION_PROMPTS = 2

@@ -108,10 +108,12 @@ def ssim(clip: Any, reference: Any) -> float:
         raise ValueError(f"SSIM needs frames of at least {_SSIM_SIDE} pixels a side, got {tuple(a.shape[1:3])}")
     if a.is_cuda:  # torch rounds the inputs of float32 convolutions to TF32 there, which shows in the fourth digit
         a, b = a.double(), b.double()
-    value = structural_similarity_index_measure(
-        a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2), gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
+    # torchmetrics averages over borders that it mirrors; the common convention leaves them out.
+    _, full = structural_similarity_index_measure(
+        a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2), sigma=1.5, kernel_size=11, data_range=1.0, return_full_image=True
     )
-    return float(value)
+    border = _SSIM_SIDE // 2
+    return float(full[..., border:-border, border:-border].double().mean())
 
 
 def flicker(clip: Any) -> float:
