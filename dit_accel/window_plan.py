@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def window_plan(
         names: name of the token order.
         table: int32 ``[1, S]`` the token order, or ``None``.
         device: where the plan goes.
-        density: share of blocks that may be visited, where the method gives no window.
+        density: share of blocks to visit, where the method gives no window; the nearest there is.
         heads: attention heads, which share the window.
 
     Raises:
@@ -47,7 +49,7 @@ def window_plan(
         spec = WindowSpec(method.window, method.stride, method.dilation, method.causal)
         levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
     else:
-        spec, levels = _largest_within(method, geometry, index, density)
+        spec, levels = _nearest(method, geometry, index, density)
     tokens = geometry.tokens
     windows = token_windows(geometry, spec, index)
     order = None
@@ -73,23 +75,27 @@ def _fitted_spec(method: Method, window: tuple[int, int, int]) -> WindowSpec:
     return WindowSpec(window, stride, method.dilation, method.causal)
 
 
-def _largest_within(
+def _nearest(
     method: Method, geometry: TokenGeometry, index: Tensor | None, density: float
 ) -> tuple[WindowSpec, Tensor]:
-    """The largest equal-share window whose visited blocks stay within ``density``, or the smallest there is.
+    """The equal-share window whose visited blocks come nearest to ``density``.
 
     Visited blocks are what a kernel computes; on small grids they are far more than visible pairs.
     """
     least = visible_fraction(geometry, WindowSpec(1))
     low, high = least, 1.0
-    spec = _fitted_spec(method, window_for_density(geometry, least))
-    best = spec, window_levels(geometry, spec, index, method.block_q, method.block_k)
-    for _ in range(_BISECTIONS):
-        share = (low + high) / 2
-        spec = _fitted_spec(method, window_for_density(geometry, share))
+    best: tuple[float, WindowSpec, Tensor] | None = None
+    for bisection in range(_BISECTIONS):
+        wanted = (low + high) / 2 if bisection else least
+        spec = _fitted_spec(method, window_for_density(geometry, wanted))
         levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
-        if (levels > 0).float().mean().item() <= density:
-            low, best = share, (spec, levels)
+        visited = (levels > 0).float().mean().item()
+        distance = abs(math.log(visited / density))
+        if best is None or distance < best[0]:
+            best = distance, spec, levels
+        if visited <= density:
+            low = max(low, wanted)
         else:
-            high = share
-    return best
+            high = wanted
+    assert best is not None
+    return best[1], best[2]
