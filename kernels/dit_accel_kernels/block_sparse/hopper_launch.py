@@ -1,0 +1,249 @@
+"""From tensors to a launch of the Hopper kernel, and what it cannot serve. Imports triton only when it is used."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
+from .hopper_specs import HopperConfig, hopper_config
+
+__all__ = ["block_sparse_hopper", "reroute_reason", "run_hopper", "why_not_hopper"]
+
+_QUERIES = 128  # rows of a job, both consumers together
+_LOG2E = 1.0 / math.log(2.0)
+
+
+def why_not_hopper(
+    *, device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
+) -> str | None:
+    """Say why the Hopper kernel cannot serve, or return ``None``; what depends on a call is rerouted instead.
+
+    Args:
+        device: where the tensors are.
+        dtype: of queries, keys and values.
+        head_dim: columns of a head.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"device must be an NVIDIA GPU, got {device}"
+    capability = _capability(device)
+    if capability != (9, 0):
+        return f"compute capability must be 9.0, got {capability[0]}.{capability[1]}"
+    if not _has_gluon():
+        return "triton must have Gluon with warp specialisation (3.6 or newer)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype must be bfloat16 or float16, got {dtype}"
+    if head_dim not in (64, 128):
+        return f"head_dim must be 64 or 128, got {head_dim}"
+    if block_q != _QUERIES:
+        return f"block_q must be {_QUERIES}, got {block_q}"
+    if block_k not in (64, 128):
+        return f"block_k must be 64 or 128, got {block_k}"
+    return None
+
+
+def reroute_reason(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    pooled: Pooled | None = None,
+    windows: TokenWindows | None = None,
+    key_valid: Tensor | None = None,
+) -> str | None:
+    """Say why the Triton kernel must compute this call although the Hopper kernel serves its dtype and block sizes.
+
+    Args:
+        q: ``[B, H, Sq, D]``.
+        k: ``[B, H, Sk, D]``.
+        v: ``[B, H, Sk, D]``.
+        lists: blocks that each query block visits.
+        pooled: what stands for the blocks that are not visited.
+        windows: token windows of partial blocks.
+        key_valid: bool ``[B, Sk]``.
+    """
+    if windows is not None:
+        return "token windows are not supported"
+    if key_valid is not None:
+        return "key_valid is not supported"
+    tensors = {"q": q, "k": k, "v": v}
+    if pooled is not None:
+        tensors |= {"pooled.k": pooled.k, "pooled.v": pooled.v}
+        if max(pooled.bits.numel(), pooled.bias.numel()) >= 2**31:
+            return "pooled.bits and pooled.bias must have fewer than 2**31 elements"
+    for name, x in tensors.items():
+        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3]) if size > 1]
+        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 2**40 for step in steps):
+            return f"{name} must have an address and strides that are multiples of 16 bytes, got {x.stride()}"
+    if lists.row_start.numel() >= 2**31:
+        return "lists must have fewer than 2**31 rows"
+    return None
+
+
+def run_hopper(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Compute with the Hopper kernel, or with the Triton kernel where :func:`reroute_reason` has a reason.
+
+    Arguments and results as of :attr:`dit_accel_kernels.backends.Backend.run`.
+    """
+    extras = {name: kwargs.get(name) for name in ("pooled", "windows", "key_valid")}
+    if reroute_reason(q, k, v, lists, **extras) is not None:
+        from .launch import block_sparse_triton
+
+        return block_sparse_triton(q, k, v, lists, **kwargs)
+    kept = {name: value for name, value in kwargs.items() if name not in ("windows", "key_valid")}
+    return block_sparse_hopper(q, k, v, lists, **kept)
+
+
+def block_sparse_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    order: TokenOrder | None = None,
+    pooled: Pooled | None = None,
+    return_lse: bool = True,
+    config: HopperConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`~.reference.block_sparse_reference` means on a Hopper GPU.
+
+    Args:
+        q: ``[B, H, Sq, D]``, natural order.
+        k: ``[B, H, Sk, D]``, block order.
+        v: ``[B, H, Sk, D]``, block order.
+        lists: blocks that each query block visits; partial blocks are whole.
+        scale: positive factor of the logits.
+        order: order of the queries.
+        pooled: what stands for the blocks that are not visited; must be finite.
+        return_lse: compute the log-sum-exp; otherwise an empty tensor stands for it.
+        config: shape of a program, to tune or test.
+
+    Returns:
+        The output with the strides and dtype of ``q``, and the log-sum-exp, float32 ``[B, H, Sq]``.
+    """
+    from .hopper import block_sparse_hopper_kernel
+
+    batch, heads, sq, dim = q.shape
+    sk, block_k = k.shape[2], lists.block_k
+    qb, kb = -(-sq // _QUERIES), -(-sk // block_k)
+    config = hopper_config(dim, block_k) if config is None else config
+    out = torch.empty_like(q)
+    lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    jobs = batch * heads * qb
+    programs = min(jobs, _multiprocessors(q.device)) if config.persistent else jobs
+    programs = min(programs, config.max_programs or programs)
+    gather = order is not None
+    args: dict[str, Any] = {
+        "desc_q": None if gather else _descriptor(q, 64),
+        "desc_k": _descriptor(k, block_k),
+        "desc_v": _descriptor(v, block_k),
+        "desc_o": None if gather else _descriptor(out, 64),
+        "desc_pk": None if pooled is None else _descriptor(pooled.k, block_k),
+        "desc_pv": None if pooled is None else _descriptor(pooled.v, block_k),
+        "q": q if gather else None,
+        "out": out if gather else None,
+        "lse": lse if return_lse else None,
+        "table": None if order is None else order.table.contiguous(),
+        "head_row": None if order is None else order.head.contiguous(),
+        "scale2": scale * _LOG2E,
+        "sq": sq,
+        "tail": sk - (kb - 1) * block_k,
+        "words": -(-kb // 32),
+        "qb": qb,
+        "kb": kb,
+        "heads": heads,
+        "jobs": jobs,
+        "programs": programs,
+        "table_s": sq,
+    }
+    args |= {f"q_{name}": step for name, step in zip("bhs", q.stride())}
+    args |= {f"out_{name}": step for name, step in zip("bhs", out.stride())}
+    args |= _list_args(lists) | _pooled_args(pooled)
+    with torch.cuda.device(q.device):
+        block_sparse_hopper_kernel[(programs,)](
+            **args,
+            D=dim,
+            BLOCK_N=block_k,
+            STAGES=config.stages,
+            Q_STAGES=config.q_stages,
+            EVEN_K=sk % block_k == 0,
+            HAS_PARTIAL=lists.partial is not None,
+            HAS_POOLED=pooled is not None,
+            GATHER=gather,
+            HAS_LSE=return_lse,
+            PINGPONG=config.pingpong,
+            EARLY=config.early_release,
+            CONSUMER_REGS=config.consumer_regs,
+            PRODUCER_REGS=config.producer_regs,
+            num_warps=4,
+        )
+    return out, lse
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    """A TMA descriptor of tiles of ``rows`` tokens; what is beyond the last token reads as 0 and is never written."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    # The stride of a dimension of size 1 is never used but must look valid.
+    strides = [step if size > 1 else x.shape[3] for size, step in zip(x.shape, x.stride())]
+    strides[3] = 1
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[3]], layout)
+
+
+def _broadcast(x: Tensor) -> tuple[int, int]:
+    """Strides of a contiguous tensor's first two dimensions, 0 where it is shared."""
+    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
+
+
+def _list_args(lists: BlockLists) -> dict[str, Any]:
+    row_start = lists.row_start.contiguous()
+    batch, head = _broadcast(row_start)
+    return {
+        "row_start": row_start,
+        "full": lists.full.contiguous(),
+        "partial": None if lists.partial is None else lists.partial.contiguous(),
+        "indices": lists.indices.contiguous(),
+        "list_b": batch,
+        "list_h": head,
+    }
+
+
+def _pooled_args(pooled: Pooled | None) -> dict[str, Any]:
+    if pooled is None:
+        return dict.fromkeys(("bias", "bits")) | dict.fromkeys(("bits_b", "bits_h", "bias_b", "bias_h"), 0)
+    bias, bits = pooled.bias.contiguous(), pooled.bits.contiguous()
+    args: dict[str, Any] = {"bias": bias, "bits": bits}
+    args["bits_b"], args["bits_h"] = _broadcast(bits)
+    args["bias_b"], args["bias_h"] = _broadcast(bias)
+    return args
+
+
+@lru_cache(maxsize=16)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return (major, minor) >= (3, 6) and importlib.util.find_spec("triton.experimental.gluon") is not None
