@@ -93,7 +93,7 @@ class StaticPlan:
             mask = BlockMask(bits, None, tokens, tokens, self.method.block_q, self.method.block_k)
             self._plans[layer] = Plan(
                 mask=mask,
-                order=layout.order(self.head_choice[layer].to(device)),
+                order=layout.order(self.head_choice[layer].to(device, non_blocking=True)),
                 order_names=layout.names,
                 windows=None,
                 compensate=self.method.compensate == "mean",
