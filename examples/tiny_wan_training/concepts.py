@@ -47,7 +47,6 @@ RENAMED = {
     "heavy black heart": "red heart",
     "black sun with rays": "sun",
     "cloud with lightning": "lightning cloud",
-    "crescent moon": "crescent moon",
     "white medium star": "yellow star",
     "unicorn face": "unicorn",
     "water wave": "ocean wave",

@@ -1,10 +1,9 @@
 """Train everything within a budget of seconds, and export it.
 
-    python train.py --pack clips.zip --work /tmp/tw --vae-seconds 110 --dit-seconds 420 --horizon 600
-    python train.py --pack clips.zip --work /tmp/tw --dit-seconds 180 --horizon 600 --resume
+    python train.py --pack clips.zip --work run --vae-seconds 185 --dit-seconds 320
 
-The second command goes on where the first stopped. `--horizon` is the length of the whole schedule: the
-learning rate falls to zero towards its end, and long clips come in its second half.
+A schedule may be cut in two: give both runs the same `--horizon` (its whole length in seconds, over which the
+learning rate falls to zero), and the second one `--resume`.
 """
 
 from __future__ import annotations
