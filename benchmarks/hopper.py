@@ -52,7 +52,6 @@ def variants(dim: int) -> dict[str, HopperConfig]:
         "one job, q_stages 1": replace(base, persistent=False, q_stages=1),
         f"stages {deep}, q_stages 1": replace(base, stages=deep, q_stages=1),
         f"stages {deep}, one job": replace(base, stages=deep, q_stages=1, persistent=False),
-        "early release": replace(base, early_release=True),
         "turns": replace(base, pingpong=True),
         f"turns, stages {deep}": replace(base, pingpong=True, stages=deep, q_stages=1),
         "producer 40": replace(base, consumer_regs=232, producer_regs=40),

@@ -53,7 +53,6 @@ class Case:
     poison: bool = False
     programs: int | None = None
     pingpong: bool = False
-    early: bool = False
     stages: int | None = None
     q_stages: int | None = None
     seed: int = 0
@@ -89,7 +88,7 @@ def run_case(case: Case) -> None:
         unseen = unseen.repeat_interleave(case.block_k, -1)[..., : case.sk, None].to(device)
         k, v = k.masked_fill(unseen, torch.nan), v.masked_fill(unseen, torch.nan)
     config = hopper_config(case.dim, case.block_k)
-    config = replace(config, max_programs=case.programs, pingpong=case.pingpong, early_release=case.early)
+    config = replace(config, max_programs=case.programs, pingpong=case.pingpong)
     config = replace(config, stages=case.stages or config.stages, q_stages=case.q_stages or config.q_stages)
     scale = case.dim**-0.5
     out, lse = block_sparse_hopper(q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config)
@@ -174,7 +173,7 @@ GROUPS: dict[str, list[Case]] = {
     "order, pooled": [replace(LONG, order=True, pooled=True, dim=dim, sk=1000) for dim in (128, 64)],
     "turns": [replace(LONG, pingpong=True), replace(LONG, pingpong=True, programs=3, sk=1000)],
     "other rings": [
-        replace(LONG, early=True, programs=3),
+        replace(LONG, stages=3, q_stages=1),
         replace(LONG, stages=3, q_stages=1, programs=3),
         replace(LONG, stages=1, programs=3),
     ],

@@ -4,8 +4,10 @@ A *job* is one block of 128 queries of one head. Its *tiles* are, in this order,
 and the blocks of its list from the last to the first, so that the one block that can be ragged is the first of the list.
 Both sides derive jobs and tiles from the same numbers and meet at barriers only:
 
-- ``full[s]`` / ``empty[s]``, one set each for K and V: stage ``s`` of the ring was filled by TMA / was read by both
-  consumers. A ring position is a counter over all tiles of all jobs of this program, kept as a stage and a phase.
+- ``k_full[s]``, ``v_full[s]``: stage ``s`` of the ring was filled by TMA. A position of the ring is a counter over all
+  tiles of all jobs of a program, kept as a stage and a phase; keys and values of a tile have the same.
+- ``empty[s]``: both consumers have turned the keys of the tile in stage ``s`` into weights and have added the values of
+  the tile before it; so the values of a tile are given back one tile after its keys.
 - ``q_full`` / ``q_empty``: the same for the 64 query rows of each consumer; their buffer also takes the output out.
 
 Consumers issue the product with the next keys before that with the values of the tile before, and the exponentials of a
@@ -26,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import int64
 
 from .hopper_specs import aot_specs
-from .hopper_steps import first_tile, next_stage, pool_bias, release, step
+from .hopper_steps import finish, first_tile, gather_rows, next_stage, pool_bias, release, step
 
 __all__ = ["AOT_SPECS", "block_sparse_hopper_kernel"]
 
@@ -59,16 +61,26 @@ def _job(job, qb, heads):
 
 
 @gluon.jit
+def _program(anything):
+    """The program's number, read on the spot: LLVM shares ``program_id`` between the roles, which costs a spill."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %ctaid.x; // $1", "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _load_tile(desc_k, desc_v, i_b, i_h, start, k_bufs, v_bufs, bars, stage, phase, STAGES: gl.constexpr):
     """Fill one stage of both rings with the keys and values from token ``start``."""
-    k_full, k_empty, v_full, v_empty = bars
-    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+    k_full, v_full, empty, _ = bars
+    after, after_phase = next_stage(stage, phase, STAGES)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
     mbarrier.expect(k_full.index(stage), desc_k.block_type.nbytes)
     tma.async_copy_global_to_shared(desc_k, [i_b, i_h, start, 0], k_full.index(stage), k_bufs.index(stage))
-    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    # The values that were here are done with one tile after their keys.
+    mbarrier.wait(empty.index(after), after_phase ^ 1)
     mbarrier.expect(v_full.index(stage), desc_v.block_type.nbytes)
     tma.async_copy_global_to_shared(desc_v, [i_b, i_h, start, 0], v_full.index(stage), v_bufs.index(stage))
-    return next_stage(stage, phase, STAGES)
+    return after, after_phase
 
 
 @gluon.jit
@@ -79,7 +91,7 @@ def _producer(
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     stage, phase, q_stage, q_phase = 0, 0, 0, 0
-    for job in range(gl.program_id(0), jobs, programs):
+    for job in range(_program(jobs), jobs, programs):
         i_q, i_h, i_b = _job(job, qb, heads)
         i_row = i_b * list_b + i_h * list_h + i_q
         begin, n, first, _ = _read_row(row_start, full, partial, indices, i_row, kb, EVEN_K, HAS_PARTIAL)
@@ -106,62 +118,10 @@ def _producer(
 
 
 @gluon.jit
-def _gather_rows(x, token, valid, q_buf, stride, D: gl.constexpr, ROWS: gl.constexpr):
-    """Copy the query rows ``token`` into a shared buffer."""
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))
-    rows = gl.load(
-        x + gl.expand_dims(token * stride, 1) + gl.expand_dims(o_d, 0), mask=gl.expand_dims(valid, 1), other=0.0
-    )
-    gl.thread_barrier()
-    q_buf.store(rows)
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
-def _finish(
-    acc, row_max, row_sum, q_tile, q_buf, desc_o, out, lse, table, head_row, table_s, i_q, i_h, i_b, sq, heads,
-    out_b, out_h, out_s, i_w,
-    D: gl.constexpr, GATHER: gl.constexpr, HAS_LSE: gl.constexpr, ROWS: gl.constexpr, O_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Normalise and write 64 rows of the output, through the buffer of their queries, and their log-sum-exp."""
-    S_ROW: gl.constexpr = row_sum.type.layout
-    empty = row_sum == 0.0
-    safe = gl.where(empty, 1.0, row_sum)
-    inverse = gl.convert_layout(gl.where(empty, 0.0, 1.0 / safe), gl.SliceLayout(1, O_LAYOUT))
-    start = i_q * 128 + i_w * 64
-    head = i_b * heads + i_h
-    if GATHER:
-        # Read again: kept over the loops it costs registers.
-        table += gl.load(head_row + i_h) * table_s
-    if HAS_LSE:
-        o_m = start + gl.arange(0, 64, layout=S_ROW)
-        value = gl.where(empty, float("-inf"), (row_max + gl.log2(safe)) * 0.6931471805599453)
-        token = o_m.to(gl.int64)
-        if GATHER:
-            token = gl.load(table + o_m, mask=o_m < sq, other=0).to(gl.int64)
-        gl.store(lse + head * table_s + token, value, mask=o_m < sq)
-    q_tile.store((acc * gl.expand_dims(inverse, 1)).to(q_tile.dtype))
-    if GATHER:
-        gl.thread_barrier()
-        o_m = start + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))
-        token = gl.load(table + o_m, mask=o_m < sq, other=0).to(gl.int64)
-        p_out = out + i_b.to(gl.int64) * out_b + i_h.to(gl.int64) * out_h
-        p_out = p_out + gl.expand_dims(token * out_s, 1) + gl.expand_dims(o_d, 0)
-        gl.store(p_out, q_tile.load(ROWS), mask=gl.expand_dims(o_m < sq, 1))
-    else:
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(desc_o, [i_b, i_h, start, 0], q_buf)
-        tma.store_wait(0)
-
-
-@gluon.jit
 def _consumer(
     args, i_w: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     EVEN_K: gl.constexpr, HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, GATHER: gl.constexpr,
-    HAS_LSE: gl.constexpr, PINGPONG: gl.constexpr, EARLY: gl.constexpr,
+    HAS_LSE: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     (
         desc_o, q, out, lse, row_start, full, partial, indices, table, head_row, bias, bits, scale2,
@@ -173,7 +133,7 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     stage, phase, done, turn_phase = 0, 0, 0, 1 - i_w
-    for job in range(gl.program_id(0), jobs, programs):
+    for job in range(_program(jobs), jobs, programs):
         i_q, i_h, i_b = _job(job, qb, heads)
         w_h, w_b = i_h.to(gl.int64), i_b.to(gl.int64)
         i_row = i_b * list_b + i_h * list_h + i_q
@@ -186,7 +146,7 @@ def _consumer(
             p_table = table + gl.load(head_row + i_h) * table_s
             o_m = i_q * 128 + i_w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
             token = gl.load(p_table + o_m, mask=o_m < sq, other=0).to(gl.int64)
-            _gather_rows(q + w_b * q_b + w_h * q_h, token, o_m < sq, q_tile, q_s, D, ROWS)
+            gather_rows(q + w_b * q_b + w_h * q_h, token, o_m < sq, q_tile, q_s, D, ROWS)
         else:
             mbarrier.wait(q_full.index(slot), done // Q_STAGES & 1)
 
@@ -206,7 +166,7 @@ def _consumer(
                     extra = pool_bias(p_bias, p_bits, start, kb, BLOCK_N)
                     acc, p, row_max, row_sum, stage, phase, turn_phase = step(
                         acc, p, row_max, row_sum, q_tile, k_bufs, v_bufs, kv_bars, turn, i_w, turn_phase, stage, phase,
-                        scale2, extra, 0, 2, S_LAYOUT, P_LAYOUT, O_LAYOUT, BLOCK_N, D, STAGES, PINGPONG, EARLY,
+                        scale2, extra, 0, 2, S_LAYOUT, P_LAYOUT, O_LAYOUT, BLOCK_N, D, STAGES, PINGPONG,
                     )  # fmt: skip
                 plain = n
                 if not EVEN_K:
@@ -216,7 +176,6 @@ def _consumer(
                         acc, p, row_max, row_sum, stage, phase, turn_phase = step(
                             acc, p, row_max, row_sum, q_tile, k_bufs, v_bufs, kv_bars, turn, i_w, turn_phase, stage,
                             phase, scale2, 0, limit, 1, S_LAYOUT, P_LAYOUT, O_LAYOUT, BLOCK_N, D, STAGES, PINGPONG,
-                            EARLY,
                         )  # fmt: skip
             else:
                 KIND: gl.constexpr = 0 if EVEN_K else 1
@@ -227,15 +186,15 @@ def _consumer(
             for _t in range(plain):
                 acc, p, row_max, row_sum, stage, phase, turn_phase = step(
                     acc, p, row_max, row_sum, q_tile, k_bufs, v_bufs, kv_bars, turn, i_w, turn_phase, stage, phase,
-                    scale2, 0, 0, 0, S_LAYOUT, P_LAYOUT, O_LAYOUT, BLOCK_N, D, STAGES, PINGPONG, EARLY,
+                    scale2, 0, 0, 0, S_LAYOUT, P_LAYOUT, O_LAYOUT, BLOCK_N, D, STAGES, PINGPONG,
                 )  # fmt: skip
-            mbarrier.wait(kv_bars[2].index(stage), phase)
+            mbarrier.wait(kv_bars[1].index(stage), phase)
             acc = warpgroup_mma(p, v_bufs.index(stage).reshape([BLOCK_N, D]), acc, is_async=True)
+            # These values are given back with the first tile of the next job.
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            release(kv_bars[3].index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
-        _finish(
-            acc, row_max, row_sum, q_tile, q_buf, desc_o, out, lse, table, head_row, table_s, i_q, i_h, i_b, sq, heads,
+        finish(
+            acc, row_max, row_sum, q_tile, q_buf, desc_o, out, lse, table, head_row, table_s, i_q, i_h, i_b, heads,
             out_b, out_h, out_s, i_w, D, GATHER, HAS_LSE, ROWS, O_LAYOUT,
         )  # fmt: skip
         if not GATHER:
@@ -255,31 +214,31 @@ def block_sparse_hopper_kernel(
     list_b, list_h, bits_b, bits_h, bias_b, bias_h,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, EVEN_K: gl.constexpr,
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, GATHER: gl.constexpr, HAS_LSE: gl.constexpr,
-    PINGPONG: gl.constexpr, EARLY: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    PINGPONG: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(desc_k.dtype, [2 * Q_STAGES, 1, 1, 64, D], desc_k.layout)
     k_bufs = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, BLOCK_N, D], desc_k.layout)
     v_bufs = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, 1, BLOCK_N, D], desc_v.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    never = gl.allocate_shared_memory(gl.int64, [1], BAR)
     q_full = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], BAR)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2 * Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
+    mbarrier.init(never, count=1)
     fence_async_shared()
-    kv_bars = (k_full, k_empty, v_full, v_empty)
+    kv_bars = (k_full, v_full, empty, never)
     shared_args = (
         desc_o, q, out, lse, row_start, full, partial, indices, table, head_row, bias, bits, scale2,
         sq, tail, words, qb, kb, heads, jobs, programs, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
@@ -289,11 +248,11 @@ def block_sparse_hopper_kernel(
         [
             (_consumer, (
                 shared_args, 0, D, BLOCK_N, STAGES, Q_STAGES, EVEN_K, HAS_PARTIAL, HAS_POOLED, GATHER, HAS_LSE,
-                PINGPONG, EARLY,
+                PINGPONG,
             )),
             (_consumer, (
                 shared_args, 1, D, BLOCK_N, STAGES, Q_STAGES, EVEN_K, HAS_PARTIAL, HAS_POOLED, GATHER, HAS_LSE,
-                PINGPONG, EARLY,
+                PINGPONG,
             )),
             (_producer, (
                 desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices,

@@ -181,7 +181,6 @@ def block_sparse_hopper(
             GATHER=gather,
             HAS_LSE=return_lse,
             PINGPONG=config.pingpong,
-            EARLY=config.early_release,
             CONSUMER_REGS=config.consumer_regs,
             PRODUCER_REGS=config.producer_regs,
             num_warps=4,

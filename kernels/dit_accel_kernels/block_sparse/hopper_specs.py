@@ -19,7 +19,6 @@ class HopperConfig:
         q_stages: query blocks that fit into shared memory; with 2 the next one is fetched early.
         persistent: start one program per multiprocessor, which does many query blocks, instead of one per query block.
         pingpong: let the two warpgroups issue their products in turns.
-        early_release: hand a tile of K back before the exponentials instead of after, for one more barrier.
         max_programs: at most this many programs, for tests; each then does many query blocks.
         consumer_regs: registers of a thread of either consumer; the three groups of warps share 504 a lane.
         producer_regs: registers of a thread of the producer.
@@ -29,7 +28,6 @@ class HopperConfig:
     q_stages: int
     persistent: bool
     pingpong: bool
-    early_release: bool = False
     max_programs: int | None = None
     consumer_regs: int = 240
     producer_regs: int = 24
@@ -71,7 +69,8 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
         ("ragged+pooled", 128, 64, "bf16", every),
         ("ragged+pooled+order", 128, 128, "bf16", every | {"GATHER": True}),
         ("ragged+pooled+order", 64, 128, "bf16", every | {"GATHER": True}),
-        ("pingpong", 128, 128, "bf16", {"PINGPONG": True}),
+        ("order", 128, 128, "bf16", {"GATHER": True, "HAS_PARTIAL": True}),
+        ("turns", 128, 128, "bf16", {"PINGPONG": True}),
     ]
     return [_spec(kernel, *case) for case in cases]
 
@@ -86,7 +85,6 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         "EVEN_K": flags.get("EVEN_K", True),
         "HAS_LSE": True,
         "PINGPONG": flags.get("PINGPONG", config.pingpong),
-        "EARLY": config.early_release,
         "CONSUMER_REGS": config.consumer_regs,
         "PRODUCER_REGS": config.producer_regs,
     }
@@ -120,7 +118,5 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         options={"num_warps": 4},
         targets=("sm_90",),
         gluon=True,
-        # Loop invariants, moved out of the way once a query block.
-        max_spill_bytes=16 if values["GATHER"] and values["HAS_POOLED"] and dim == 128 else 0,
         divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*") and n not in ("table", "lse")),
     )
