@@ -53,6 +53,7 @@ class Case:
     poison: bool = False
     programs: int | None = None
     pingpong: bool = False
+    lse: bool = True
     stages: int | None = None
     q_stages: int | None = None
     seed: int = 0
@@ -93,6 +94,11 @@ def run_case(case: Case) -> None:
     scale = case.dim**-0.5
     out, lse = block_sparse_hopper(q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config)
     again, _ = block_sparse_hopper(q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config)
+    if not case.lse:
+        again, nothing = block_sparse_hopper(
+            q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config, return_lse=False
+        )
+        assert nothing.numel() == 0
     torch.cuda.synchronize()
     floats = [x.float() for x in (q, k, v)]
     means = None if pooled is None else replace(pooled, k=pooled.k.float(), v=pooled.v.float())
@@ -171,6 +177,7 @@ GROUPS: dict[str, list[Case]] = {
     "key blocks of 64": [replace(LONG, block_k=64), replace(LONG, block_k=64, sk=1000, programs=3, pooled=True)],
     "order": [replace(LONG, order=True), replace(LONG, order=True, sq=1000, sk=1000, programs=3)],
     "order, pooled": [replace(LONG, order=True, pooled=True, dim=dim, sk=1000) for dim in (128, 64)],
+    "no log-sum-exp": [replace(LONG, lse=False, programs=3)],
     "turns": [replace(LONG, pingpong=True), replace(LONG, pingpong=True, programs=3, sk=1000)],
     "other rings": [
         replace(LONG, stages=3, q_stages=1),
