@@ -65,9 +65,9 @@ $(TEST_READY): $(BASE_READY) pyproject.toml
 demo: $(DEMO_READY)
 	@$(BIN)/dit-accel demo --out demo $(DEMO_ARGS)
 
-# pytest comes last, so that the last line printed is its count. It holds the documentation and wheel gates, too.
+# pytest comes last, so that the last line printed is its count. It holds the documentation, wheel and compilation gates, too.
 test: $(TEST_READY)
-	@$(MAKE) --no-print-directory lint typecheck aot unit
+	@$(MAKE) --no-print-directory lint typecheck unit
 
 lint: $(TEST_READY)
 	@echo '== ruff'

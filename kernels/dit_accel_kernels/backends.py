@@ -107,8 +107,21 @@ def _run_triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return block_sparse_triton(*args, **kwargs)
 
 
+def _why_not_hopper(**kwargs: Any) -> str | None:
+    from .block_sparse.hopper_launch import why_not_hopper
+
+    return why_not_hopper(**kwargs)
+
+
+def _run_hopper(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from .block_sparse.hopper_launch import run_hopper
+
+    return run_hopper(*args, **kwargs)
+
+
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
+    "hopper": Backend("hopper", _why_not_hopper, _run_hopper, ("cuda",)),
     "triton": Backend("triton", _why_not_triton, _run_triton, ("cuda",)),
     "cpu": Backend("cpu", _why_not_cpu, _run_cpu, ("cpu",)),
     "reference": Backend("reference", _why_not_reference, _run_reference, ("cuda", "cpu")),

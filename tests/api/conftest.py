@@ -52,8 +52,8 @@ def generate(pipe: Any) -> Callable[..., Tensor]:
     def call(steps: int = 5, batch: int = 1, target: Any = None, **options: Any) -> Tensor:
         options.pop("prompt", None)
         frames = (target or pipe)(
-            prompt_embeds=positive.expand(batch, -1, -1),
-            negative_prompt_embeds=negative.expand(batch, -1, -1),
+            prompt_embeds=positive.expand(batch, -1, -1).to(pipe.device, pipe.dtype),
+            negative_prompt_embeds=negative.expand(batch, -1, -1).to(pipe.device, pipe.dtype),
             height=128,
             width=128,
             num_frames=17,

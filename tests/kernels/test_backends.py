@@ -40,7 +40,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, lists: Any, *, scale: float, **_: Any
 
 
 def test_order_of_preference() -> None:
-    assert list(BACKENDS) == ["triton", "cpu", "reference"]
+    assert list(BACKENDS) == ["hopper", "triton", "cpu", "reference"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -58,7 +58,13 @@ def test_cpu_passes_and_is_chosen(dtype: torch.dtype, block_q: int, block_k: int
 @pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (64, 128), (128, 128)])
 def test_triton_passes_and_is_chosen(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -> None:
     site = {"dtype": dtype, "head_dim": head_dim, "block_q": block_q, "block_k": block_k}
-    assert choose_backend(device="cuda", **site) == ("triton", {})
+    name, reasons = choose_backend(device="cuda", **site)
+    if why_not("hopper", device="cuda", **site) is None:
+        assert (name, reasons) == ("hopper", {})
+        assert self_test("triton", "cuda", dtype, head_dim, block_q, block_k) is None
+    else:
+        assert name == "triton"
+        assert set(reasons) == {"hopper"}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def block_sparse_attention(
         windows: token windows within the ``partial`` blocks of ``lists``; without them those blocks are whole.
         key_valid: bool ``[B, Sk]`` in block order, false for padding.
         return_lse: also return the log-sum-exp of the logits, natural logarithm.
-        backend: ``"triton"``, ``"cpu"``, ``"reference"``, or ``None`` for the first that passed its self-test here.
+        backend: ``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``None`` for the first that passed its
+            self-test here.
 
     Returns:
         The output ``[B, H, Sq, D]`` with the dtype and layout of ``q``; with ``return_lse`` also float32 ``[B, H, Sq]``.

@@ -34,9 +34,13 @@ class HopperConfig:
 
 
 def hopper_config(head_dim: int, block_k: int) -> HopperConfig:
-    """The shape for a head size of 64 or 128 and key blocks of 64 or 128 tokens."""
+    """The shape for a head size of 64 or 128 and key blocks of 64 or 128 tokens.
+
+    One program per query block: with rows of equal length a persistent grid is as fast, with uneven rows a third slower
+    (H200, see ``docs/hopper_notes.md``).
+    """
     stages = 2 * (128 // head_dim) * (128 // block_k)
-    return HopperConfig(stages=min(stages, 4), q_stages=2, persistent=True, pingpong=False)
+    return HopperConfig(stages=min(stages, 4), q_stages=2, persistent=False, pingpong=False)
 
 
 def tile_layout() -> str:
