@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dit_accel.order import AXIS_ORDERS
+
 __all__ = ["METHOD_VERSION", "Method"]
 
 METHOD_VERSION = 1
@@ -95,8 +97,9 @@ class Method:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
-        if isinstance(self.order, str):
-            object.__setattr__(self, "order", (self.order,))
+        names = (self.order,) if isinstance(self.order, str) else self.order
+        expanded = [n for name in names for n in (AXIS_ORDERS if name == "axes" else (name,))]
+        object.__setattr__(self, "order", tuple(dict.fromkeys(expanded)))
         self._check_density()
         _require(bool(self.name), "name", self.name, "a non-empty string")
         _require(len(self.order) > 0, "order", self.order, "at least one order name")

@@ -48,6 +48,9 @@ def _budget(density: float, blocks: int) -> int:
 
 def _keep_ranked(scores: Tensor, counts: Tensor | int) -> Tensor:
     """Keep the ``counts`` best of each row; ``counts`` broadcasts against ``[B, H, Qb, 1]``."""
+    if isinstance(counts, int):  # indices of what is kept are far fewer than ranks of everything
+        best = scores.topk(counts, dim=-1, sorted=False).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
     positions = torch.arange(scores.shape[-1], device=scores.device)

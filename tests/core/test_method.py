@@ -97,3 +97,10 @@ def test_density_falls_over_the_sparse_steps() -> None:
     assert method.density_at(0.6) == pytest.approx(0.5)
     assert method.density_at(1.0) == pytest.approx(0.2)
     assert Method(name="x", density=0.3).density_at(0.9) == 0.3
+
+
+def test_axes_stands_for_the_six_permutations() -> None:
+    method = Method(name="x", order="axes", order_choice="recall")  # type: ignore[arg-type]
+    assert method.order == ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
+    assert Method(name="x", order=("raster", "axes", "fhw")).order == ("raster", *method.order)
+    assert Method.from_json(method.to_json()) == method
