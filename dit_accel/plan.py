@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from dit_accel_kernels import (
     permute_and_pool,
     permute_tokens,
 )
+from dit_accel_kernels.backends import run_backend
 from dit_accel_kernels.types import Pooled, TokenOrder, TokenWindows
 
 __all__ = ["Plan", "execute"]
@@ -34,6 +36,7 @@ class Plan:
         lse: log-sum-exp ``[B, H, S]`` kept for a later refresh, or ``None``.
         finite: whether the scores were finite, a 0-dim bool on the device.
         recall: softmax mass that the mask keeps by its own scores, ``[B, H]``, or ``None``.
+        bias: what :func:`execute` keeps of the pooled remainder between calls.
     """
 
     mask: BlockMask
@@ -46,6 +49,7 @@ class Plan:
     lse: Tensor | None = None
     finite: Tensor | None = None
     recall: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def pooled_density(self) -> float:
@@ -71,6 +75,15 @@ def valid_in_block_order(key_valid: Tensor | None, order: TokenOrder | None) -> 
     return key_valid[:, order.table[0].long()]
 
 
+def _pooled_bias(plan: Plan, count: Tensor, key_valid: Tensor | None) -> Tensor:
+    """Log of the valid keys of each block, float32 ``[B|1, 1, Kb]``; kept where only the geometry decides it."""
+    if key_valid is not None:
+        return count.to(torch.float32).log()[:, None]
+    if plan.bias is None:
+        plan.bias = count.to(torch.float32).log()[:, None]
+    return plan.bias
+
+
 def execute(
     plan: Plan,
     query: Tensor,
@@ -90,7 +103,7 @@ def execute(
         value: like ``query``.
         scale: factor of the logits; ``None`` is ``D ** -0.5``.
         key_valid: bool ``[B, S]`` in natural order, or ``None``.
-        backend: name of a kernel backend, or ``None`` for the best.
+        backend: a kernel backend that has passed its self-test here, or ``None`` to choose and check.
 
     Returns:
         ``[B, H, S, D]`` with the strides of ``query``.
@@ -105,21 +118,21 @@ def execute(
         else:
             mean_k, _, count = block_stats(key, block=block, key_valid=valid)
             mean_v = block_stats(value, block=block, key_valid=valid).mean
-        bias = count.to(torch.float32).log()[:, None]
-        pooled = Pooled(mean_k, mean_v, bias, plan.mask.bits)
+        pooled = Pooled(mean_k, mean_v, _pooled_bias(plan, count, key_valid), plan.mask.bits)
     elif plan.order is not None:
         key, value = permute_tokens(key, plan.order), permute_tokens(value, plan.order)
-    out = block_sparse_attention(
-        query,
-        key,
-        value,
-        plan.mask.lists(),
-        scale=scale,
-        order=plan.order,
-        pooled=pooled,
-        windows=plan.windows,
-        key_valid=valid,
-        backend=backend,
-    )
-    assert isinstance(out, Tensor)
-    return out
+    options: dict[str, Any] = {
+        "order": plan.order,
+        "pooled": pooled,
+        "windows": plan.windows,
+        "key_valid": valid,
+        "return_lse": False,
+    }
+    lists = plan.mask.lists()
+    if backend is None or torch.compiler.is_compiling():
+        out = block_sparse_attention(query, key, value, lists, scale=scale, backend=backend, **options)
+        assert isinstance(out, Tensor)
+        return out
+    # The caller has chosen and tested the backend, and plans fit by construction: no check, no second operator.
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return run_backend(backend, query, key, value, lists, scale=factor, **options)[0]

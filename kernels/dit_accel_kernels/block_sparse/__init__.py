@@ -136,7 +136,7 @@ def _op(
         key_valid=key_valid,
         return_lse=return_lse,
     )
-    return out, lse if return_lse else torch.zeros(0, device=q.device)
+    return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
 
 @_op.register_fake
