@@ -17,7 +17,7 @@ from .reference import window_mask
 
 __all__ = ["block_sparse_cpu"]
 
-_GATHER_BYTES = 4 << 20  # of keys, and as many of values; both fit the caches of a server core
+_GATHER_BYTES = 8 << 20  # of keys, and as many of values: about a cache; more calls would cost more when cores are busy
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
