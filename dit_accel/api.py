@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel.adapter import Adapter
 from dit_accel.ledger import Status
 from dit_accel.logging import get_logger
 from dit_accel.method import Method
@@ -34,7 +35,8 @@ __all__ = [
 
 _logger = get_logger("dit_accel")
 _COMPONENTS = ("transformer", "transformer_2", "transformer_3")
-_handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+# Handles are kept alive by what is installed on the module, so that a dropped pipeline takes its handle along.
+_handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 Plans = StaticPlan | str | Path | Mapping[str, StaticPlan]
 
@@ -57,10 +59,11 @@ class Handle:
         """Whether the acceleration is still in place."""
         return bool(self._installed)
 
-    def disable(self) -> None:
-        """Restore the original objects. Safe to call twice."""
-        while self._installed:
-            self._installed.popitem()[1].undo()
+    def disable(self, component: str | None = None) -> None:
+        """Restore the original objects, of one component or of all. Safe to call twice."""
+        for name in [component] if component is not None else list(self._installed):
+            if name in self._installed:
+                self._installed.pop(name).undo()
 
     def stats(self) -> Status:
         """What each transformer computed in its latest run. Waits for the device."""
@@ -102,6 +105,36 @@ def _plans(plan: Plans | None, names: Sequence[str]) -> dict[str, StaticPlan]:
     return dict(plan)
 
 
+def _method_of_plans(
+    asked: Method,
+    plans: dict[str, StaticPlan],
+    modules: Mapping[str, nn.Module],
+    overrides: Mapping[str, Any],
+    run_density: float | None,
+) -> Method:
+    """The method that static plans were made for.
+
+    Raises:
+        ValueError: if the plans do not belong to these transformers, or other choices were asked for besides.
+    """
+    if overrides or run_density is not None:
+        given = sorted([*overrides, *(["run_density"] if run_density is not None else [])])
+        raise ValueError(
+            f"a static plan fixes the method; {', '.join(given)} must be given to calibrate(), not beside plan="
+        )
+    for name, plan in plans.items():
+        if name not in modules:
+            raise ValueError(f"plan= names {name!r}; the transformers are {', '.join(modules)}")
+        if plan.method.name != asked.name:
+            raise ValueError(f"the static plan was made for method {plan.method.name!r}, got method={asked.name!r}")
+        if plan.model != type(modules[name]).__name__:
+            raise ValueError(f"the static plan was made for {plan.model}, {name} is a {type(modules[name]).__name__}")
+    found = {plan.method for plan in plans.values()}
+    if len(found) > 1:
+        raise ValueError("the static plans of one pipeline must have one method; these differ in their options")
+    return found.pop()
+
+
 def enable(
     target: Any,
     method: str | Method = "auto",
@@ -117,7 +150,7 @@ def enable(
     Args:
         target: a diffusers pipeline (all its transformers are accelerated), or one transformer.
         method: name from :func:`methods`, or a :class:`~dit_accel.Method`.
-        backend: kernel backend (``"triton"``, ``"cpu"``, ``"reference"``); ``None`` takes the best
+        backend: kernel backend (``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"``); ``None`` takes the best
             that passes its self-test. The environment variable ``DIT_ACCEL_BACKEND`` sets a default.
         min_tokens: shorter sequences stay dense.
         run_density: work of the whole run over the work of a dense run, warm-up, planning and
@@ -134,7 +167,7 @@ def enable(
         RuntimeError: if an explicitly requested backend cannot run here.
     """
     chosen = get_method(method).replace(**overrides) if overrides else get_method(method)
-    if run_density is not None and not 0 < run_density <= 1:
+    if run_density is not None and (not isinstance(run_density, int | float) or not 0 < run_density <= 1):
         raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
     if not isinstance(min_tokens, int) or min_tokens < 0:
         raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
@@ -149,7 +182,14 @@ def enable(
             f"prompts, method={chosen.name!r}) and pass plan=..."
         )
     if plans:
-        chosen = next(iter(plans.values())).method
+        chosen = _method_of_plans(chosen, plans, modules, overrides, run_density)
+    if run_density is not None and (
+        chosen.select in ("all", "top_p", "threshold") or isinstance(chosen.density, tuple)
+    ):
+        raise ValueError(
+            f"run_density goes with a method that keeps a share of the blocks, not with select={chosen.select!r} and "
+            f"density={chosen.density!r}"
+        )
     runs = {}
     for name, module in modules.items():
         runs[name] = ModelRun(
@@ -174,18 +214,18 @@ def _install(target: Any, method: Method, modules: dict[str, nn.Module], runs: d
                 f"{name} is a {type(module).__name__}, which no adapter knows; supported are "
                 + ", ".join(m for a in adapters().values() for m in a.models)
             )
-    disable(target)
-    installed: dict[str, Installation] = {}
-    handle = Handle(method, runs, installed)
+    before = {name: _runs_of(module) for name, module in modules.items()}
+    for module in modules.values():
+        _release(module)
+    handle = Handle(method, runs, {})
     try:
         for name, module in modules.items():
-            adapter = known[name]
-            assert adapter is not None
-            installed[name] = install(module, adapter, runs[name], pipe)
-            runs[name].set_layers(installed[name].layers)
-            _handles[module] = handle
+            _join(handle, name, module, known[name], runs[name], pipe)
     except BaseException:
         handle.disable()
+        for name, module in modules.items():  # what was in force stays in force
+            if (run := before[name]) is not None:
+                _join(Handle(run.method, {name: run}, {}), name, module, known[name], run, pipe)
         raise
     for run in runs.values():
         _logger.info(
@@ -199,15 +239,44 @@ def _install(target: Any, method: Method, modules: dict[str, nn.Module], runs: d
     return handle
 
 
+def _join(handle: Handle, name: str, module: nn.Module, adapter: Adapter | None, run: ModelRun, pipe: Any) -> None:
+    """Install one run and note whose it is."""
+    assert adapter is not None
+    installed = install(module, adapter, run, pipe)
+    handle._installed[name] = installed
+    run.set_layers(installed.layers)
+    installed.owner = handle
+    _handles[module] = weakref.ref(handle)
+
+
+def _holder(module: nn.Module) -> tuple[Handle, str] | None:
+    """The active handle of a transformer and its name there."""
+    held = _handles.get(module)
+    handle = held() if held is not None else None
+    if handle is None:
+        return None
+    for name, run in handle.runs.items():
+        if run.module is module and name in handle._installed:
+            return handle, name
+    return None
+
+
+def _runs_of(module: nn.Module) -> ModelRun | None:
+    held = _holder(module)
+    return None if held is None else held[0].runs[held[1]]
+
+
+def _release(module: nn.Module) -> bool:
+    """Undo what is installed on one transformer; whether there was anything."""
+    held = _holder(module)
+    if held is not None:
+        held[0].disable(held[1])
+    return held is not None
+
+
 def disable(target: Any) -> bool:
     """Undo :func:`enable` on a pipeline or transformer; whether there was anything to undo."""
-    undone = False
-    for module in _transformers(target).values():
-        handle = _handles.pop(module, None)
-        if handle is not None and handle.active:
-            handle.disable()
-            undone = True
-    return undone
+    return any([_release(module) for module in _transformers(target).values()])
 
 
 @contextmanager
@@ -225,14 +294,8 @@ def status(target: Any) -> Status:
 
     A transformer that is not accelerated is left out. Waits for the device.
     """
-    found = Status()
-    for name, module in _transformers(target).items():
-        handle = _handles.get(module)
-        if handle is not None and handle.active:
-            for run in handle.runs.values():
-                if run.module is module:
-                    found[name] = run.status()
-    return found
+    runs = {name: _runs_of(module) for name, module in _transformers(target).items()}
+    return Status({name: run.status() for name, run in runs.items() if run is not None})
 
 
 def methods() -> list[Method]:

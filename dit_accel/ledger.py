@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LayerStatus", "Ledger", "RunStatus"]
+from dit_accel.logging import get_logger, warn_once
+
+__all__ = ["SCHEDULED", "LayerStatus", "Ledger", "RunStatus", "Status"]
+
+_logger = get_logger(__name__)
+
+#: Reasons for dense calls that the user's own settings give; the others are worth a warning.
+SCHEDULED = ("warm-up", "planning step", "end", "dense layer", "calibration", "method 'dense'")
 
 
 @dataclass
@@ -174,6 +181,16 @@ class Ledger:
     def count_plan(self, step: int | None, layer: int, cost: float) -> None:
         """One plan, ``cost`` in dense attentions of the layer."""
         self.plans.append(_Planned(step, layer, cost))
+
+    def warn_if_all_dense(self, model: str, meant: bool) -> None:
+        """Say once, at the end of a run, that nothing was sparse although nobody asked for that."""
+        if meant or not self.calls or any(isinstance(call.exact, Tensor) for call in self.calls):
+            return
+        reasons = dict.fromkeys(reason for counted in self.dense.values() for reason in counted)
+        if any(reason not in SCHEDULED for reason in reasons):
+            return  # that was said when it happened
+        told = ", ".join(reasons)
+        warn_once(_logger, (model, "all dense", told), f"no attention of {model} was sparse in this run: {told}")
 
     def flag(self, text: str, ok: Tensor) -> None:
         """Remember a device-side check; ``text`` becomes a note if it turns out false."""

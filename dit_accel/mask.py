@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from dit_accel_kernels.lists import lists_from_levels, pack_bits, unpack_bits
 from dit_accel_kernels.types import BlockLists
 
-__all__ = ["EXACT", "PARTIAL", "SKIP", "BlockMask"]
+__all__ = ["EXACT", "PARTIAL", "SKIP", "BlockMask", "ListCache"]
 
 SKIP = 0
 EXACT = 1
@@ -134,3 +135,35 @@ class BlockMask:
         return BlockMask(
             self.bits.to(device), partial, self.q_len, self.k_len, self.block_q, self.block_k, self.capacity
         )
+
+
+class ListCache:
+    """Bounds the index lists that masks hold: the least recently used are dropped, and derived again when needed.
+
+    Args:
+        limit: bytes of lists and packed masks together; one mask is kept whatever its size.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held: OrderedDict[int, tuple[BlockMask, int]] = OrderedDict()
+        self._total = 0
+
+    def touch(self, mask: BlockMask) -> None:
+        """Derive the lists of ``mask`` if need be, and drop those of others beyond the limit."""
+        key = id(mask)
+        if key in self._held:
+            self._held.move_to_end(key)
+            return
+        mask.lists()
+        self._held[key] = (mask, mask.nbytes())
+        self._total += self._held[key][1]
+        while self._total > self.limit and len(self._held) > 1:
+            _, (old, size) = self._held.popitem(last=False)
+            old.drop_lists()
+            self._total -= size
+
+    def clear(self) -> None:
+        """Forget all masks, without touching their lists."""
+        self._held.clear()
+        self._total = 0

@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dit_accel.order import AXIS_ORDERS
+from dit_accel._specs import parse_spec
+from dit_accel.order import AXIS_ORDERS, ORDERS
+from dit_accel.windows import WindowSpec
 
 __all__ = ["METHOD_VERSION", "Method"]
 
@@ -39,8 +41,9 @@ class Method:
         paper: arXiv id of the paper, or ``None``.
         order: candidate token orders (see :mod:`dit_accel.order`). ``"axes"`` stands for the six
             axis permutations of PAROAttention.
-        order_choice: how each head picks among them: ``"fixed"`` (the first), ``"recall"`` (the
-            softmax mass that the resulting mask keeps) or ``"paro"`` (PAROAttention's metric).
+        order_choice: how each head picks among them: ``"fixed"`` (there is one), ``"recall"`` (the
+            softmax mass that the resulting mask keeps) or ``"paro"`` (PAROAttention's metric, static
+            methods only).
         score: estimate of block importance: ``"mass"`` (exact softmax mass from the LSE),
             ``"mean_pool"``, ``"window"`` (geometry) or ``"none"``.
         select: ``"top_k"`` per row, ``"top_k_adaptive"`` (AdaSpa's head-adaptive budgets),
@@ -97,6 +100,8 @@ class Method:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
+            elif field.name in ("refresh", "dense_layers") and _is_number(value):
+                object.__setattr__(self, field.name, (value,))
         names = (self.order,) if isinstance(self.order, str) else self.order
         expanded = [n for name in names for n in (AXIS_ORDERS if name == "axes" else (name,))]
         object.__setattr__(self, "order", tuple(dict.fromkeys(expanded)))
@@ -113,7 +118,7 @@ class Method:
             ("block_k", _BLOCKS),
         ):
             value = getattr(self, slot)
-            _require(value in known, slot, value, "one of " + ", ".join(map(repr, known)))
+            _require(value in known and type(value) in (str, int), slot, value, "one of " + ", ".join(map(repr, known)))
         for share_name in ("warmup", "end", "static_share"):
             value = getattr(self, share_name)
             _require(_is_number(value) and 0 <= value <= 1, share_name, value, "between 0 and 1")
@@ -123,6 +128,11 @@ class Method:
             self.refresh,
             "shares of the run between 0 and 1",
         )
+        ok = all(isinstance(i, int) and not isinstance(i, bool) for i in self.dense_layers)
+        _require(ok, "dense_layers", self.dense_layers, "layer numbers")
+        for name in self.order:
+            ORDERS.entry(parse_spec(name).name)
+        WindowSpec(-1 if self.window is None else self.window, 1, self.dilation, self.causal)
         self._check_combination()
 
     def _check_density(self) -> None:
@@ -136,6 +146,14 @@ class Method:
                 f"order_choice {self.order_choice!r} needs scores to choose by, but score is "
                 f"{self.score!r}; use order_choice='fixed'"
             )
+        if len(self.order) > 1 and self.order_choice == "fixed":
+            raise ValueError(
+                f"several orders need order_choice='recall', which lets each head choose; got {self.order} with 'fixed'"
+            )
+        if self.order_choice == "paro" and not self.static:
+            raise ValueError("order_choice='paro' is for static methods; use order_choice='recall'")
+        if self.score == "window" and isinstance(self.density, tuple):
+            raise ValueError(f"score='window' takes one density, a window does not change; got {self.density}")
         if self.score == "none" and self.select != "all":
             raise ValueError(f"score 'none' goes with select 'all' only, got {self.select!r}")
         if self.score == "window" and self.compensate != "drop":
@@ -151,14 +169,12 @@ class Method:
         """Whether every block is kept, so that dense attention does the same."""
         return self.select == "all"
 
-    def density_at(self, progress: float) -> float:
-        """Density of a plan made when a share ``progress`` of the run lies behind."""
+    def density_at(self, place: float) -> float:
+        """Density of the plan that lies at ``place`` between the first plan of a run, 0, and the last, 1."""
         if not isinstance(self.density, tuple):
             return self.density
         first, last = self.density
-        span = max(self.end - self.warmup, 1e-9)
-        x = min(max((progress - self.warmup) / span, 0.0), 1.0)
-        return first + (last - first) * x
+        return first + (last - first) * min(max(place, 0.0), 1.0)
 
     def replace(self, **changes: Any) -> Method:
         """Copy with some fields changed.

@@ -96,14 +96,15 @@ class Planner:
             layout.window_plans[(density, heads)] = known
         return known
 
-    def cost(self, geometry: TokenGeometry, device: torch.device, tokens: int) -> float:
-        """Work of one plan in dense attentions: block mass, and the choice of an order."""
-        table = self.layout(geometry, device).table
-        cost = 0.5 if self.method.score == "mass" else 0.0
-        if table is not None and table.shape[0] > 1:
-            rows = sampled_count(-(-tokens // self.method.block_q))
-            cost += 0.5 * table.shape[0] * rows * self.method.block_q / tokens
-        return cost
+    def costs(self, geometry: TokenGeometry) -> tuple[float, float]:
+        """Work of a run's first plan and of each later one, in dense attentions: the order is chosen once."""
+        mass = 0.5 if self.method.score == "mass" else 0.0
+        choice = 0.0
+        if self.method.order_choice != "fixed":
+            names = self.layout(geometry, torch.device("cpu")).names
+            rows = sampled_count(-(-geometry.tokens // self.method.block_q))
+            choice = 0.5 * len(names) * rows * self.method.block_q / geometry.tokens if len(names) > 1 else 0.0
+        return mass + choice, mass
 
     def plan(
         self,

@@ -44,17 +44,30 @@ class Policy:
         first = self.warmup_steps(steps)
         shares = self.method.refresh
         if not shares and isinstance(self.method.density, tuple):
-            rest = 1 - self.method.warmup
+            rest = max(self.method.end - self.method.warmup, 0.0)
             shares = (self.method.warmup + rest / 3, self.method.warmup + 2 * rest / 3)
         found = {round(share * steps) for share in shares}
-        return tuple(sorted(s for s in found if first <= s < steps))
+        return tuple(sorted(s for s in found if first <= s < self.sparse_end(steps)))
+
+    def sparse_end(self, steps: int) -> int:
+        """The step at which attention is dense again, ``steps`` if it never is."""
+        return min(math.ceil(self.method.end * steps - _EPS), steps)
+
+    def density(self, step: StepInfo) -> float:
+        """Density of a plan made at ``step``: a falling one takes equal steps from plan to plan."""
+        if step.step is None or not step.steps:
+            span = max(self.method.end - self.method.warmup, _EPS)
+            return self.method.density_at((self.progress(step) - self.method.warmup) / span)
+        refreshes = self.refresh_steps(step.steps)
+        made = sum(s <= step.step for s in refreshes)
+        return self.method.density_at(made / max(len(refreshes), 1))
 
     def dense_tail(self, step: StepInfo) -> bool:
         """Whether the call lies behind the method's end share."""
         if self.method.end >= 1:
             return False
         if step.step is not None and step.steps:
-            return step.step >= math.ceil(self.method.end * step.steps - _EPS)
+            return step.step >= self.sparse_end(step.steps)
         return step.progress is not None and step.progress >= self.method.end
 
     @property
@@ -86,6 +99,19 @@ class Policy:
             return False
         return any(planned_at < s <= step.step for s in self.refresh_steps(step.steps))
 
+    def too_late(self, step: StepInfo) -> bool:
+        """Whether too few sparse steps follow for a plan from exact mass to pay for itself."""
+        if step.step is None or not step.steps or not self.needs_lse:
+            return False
+        return self.sparse_end(step.steps) - step.step < 2
+
+    def dense_reason(self, step: StepInfo) -> str:
+        """Why a call with :attr:`Action.DENSE` is dense."""
+        if self.dense_tail(step):
+            return "end"
+        warm = step.step is None or not step.steps or step.step < self.warmup_steps(step.steps)
+        return "warm-up" if warm else "too few steps are left for a plan to pay"
+
     def action(self, step: StepInfo, planned: bool, planned_at: int | None) -> Action:
         """What to do, for a layer and branch that has a plan or not."""
         if self.dense_tail(step) or self.warming(step):
@@ -93,7 +119,11 @@ class Policy:
         if self.method.score == "window":
             return Action.SPARSE
         if not planned:
+            if self.too_late(step):
+                return Action.DENSE
             return Action.DENSE_AND_PLAN if self.plans_densely(step) else Action.PLAN
+        if step.step is not None and step.steps and step.step < self.warmup_steps(step.steps):
+            return Action.DENSE  # the last warm-up step, planned by another guidance branch
         return Action.PLAN if self.refreshes(step, planned_at) else Action.SPARSE
 
     def progress(self, step: StepInfo) -> float:
@@ -102,23 +132,24 @@ class Policy:
             return step.step / step.steps
         return step.progress if step.progress is not None else 0.0
 
-    def sparse_density(self, run_density: float, steps: int, overhead: float = 0.0) -> float:
-        """Density of sparse steps that gives ``run_density`` over a whole run.
+    def sparse_density(self, run_density: float, steps: int, overhead: float = 0.0, planning: float = 0.0) -> float:
+        """Density of sparse steps that gives ``run_density`` over a whole run of a layer.
 
         Args:
             run_density: work over the work of a dense run, planning and pooled keys included.
             steps: denoising steps.
-            overhead: work of the pooled remainder on each sparse step, and planning spread over them.
+            overhead: work of the pooled remainder on each sparse step.
+            planning: work of all plans of the run, in dense steps.
 
         Raises:
-            ValueError: if the warm-up alone costs more.
+            ValueError: if what is dense and planned costs more.
         """
-        warm = self.warmup_steps(steps)
-        sparse = steps - warm
-        density = (run_density * steps - warm) / max(sparse, 1) - overhead
+        first, end = self.warmup_steps(steps), self.sparse_end(steps)
+        dense, sparse = steps - max(end - first, 0), max(end - first, 0)
+        density = (run_density * steps - dense - planning) / max(sparse, 1) - overhead
         if not sparse or density <= 0:
             raise ValueError(
-                f"density {run_density:g} over the run cannot be reached: {warm} of {steps} steps are "
-                f"dense and sparse steps cost {overhead:.3f} besides; lower warmup or raise it"
+                f"run_density={run_density:g} cannot be reached: {dense} of {steps} steps are dense, plans cost as much as "
+                f"{planning:.2f} dense steps and the remainder {overhead:.3f} of each sparse one; lower warmup or raise it"
             )
         return min(density, 1.0)

@@ -31,9 +31,10 @@ _SHIPPED = {
 
 
 class Installation(Protocol):
-    """What an installer returns."""
+    """What an installer returns. The transformer holds it, and it holds its ``owner``, the handle."""
 
     layers: tuple[str, ...]
+    owner: object
 
     def undo(self) -> None:
         """Restore every original object, by identity."""

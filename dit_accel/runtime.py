@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dit_accel.adapter import DenseFn, StepInfo
 from dit_accel.geometry import TokenGeometry
-from dit_accel.ledger import Ledger, RunStatus
+from dit_accel.ledger import SCHEDULED, Ledger, RunStatus
 from dit_accel.logging import get_logger, warn_once
+from dit_accel.mask import ListCache
 from dit_accel.method import Method
 from dit_accel.plan import Plan, execute
 from dit_accel.planner import Planner
@@ -37,6 +38,14 @@ class _LayerState:
 
     plan: Plan | None = None
     planned_at: int | None = None
+    branch: str = ""
+
+    def forget_if_again(self, step: int | None, branch: str) -> None:
+        """Drop a plan whose step comes again: the run that made it was interrupted."""
+        if step is None or self.planned_at is None:
+            return
+        if step < self.planned_at or (step == self.planned_at and branch == self.branch):
+            self.plan, self.planned_at = None, None
 
 
 class ModelRun:
@@ -85,6 +94,7 @@ class ModelRun:
         self._geometry: TokenGeometry | str = "the transformer was not entered through its forward"
         self._step = StepInfo()
         self._backends: dict[tuple[Any, ...], tuple[str, str | None]] = {}
+        self._lists = ListCache(_LIST_BYTES)
         self._fresh = True
 
     @property
@@ -107,17 +117,21 @@ class ModelRun:
 
     def begin_forward(self, geometry: TokenGeometry | str, step: StepInfo) -> None:
         """Take over the geometry and the step of the forward call that starts."""
-        if self._fresh:
+        begins, self._fresh = self._fresh, False
+        if begins:
             self.ledger = Ledger()
-            self._fresh = False
         self._geometry = geometry
         self._step = step
         self.ledger.geometry = str(geometry)
+        if begins and self.run_density is not None and isinstance(geometry, TokenGeometry):
+            self._density(geometry)  # what cannot be reached is said before anything is computed
 
     def reset(self) -> None:
         """End of a run: forget its plans. What was counted stays until the next run begins."""
         self._states.clear()
+        self._lists.clear()
         self._fresh = True
+        self.ledger.warn_if_all_dense(self.model, self.method.is_dense or self.recorder is not None)
         if self.recorder is not None:
             self.recorder.end_run()
 
@@ -159,9 +173,10 @@ class ModelRun:
             self._count_dense(layer, "planning step")
             return dense_out.transpose(1, 2)
         if plan is None:
-            self._count_dense(layer, "warm-up" if not self.policy.dense_tail(self._step) else "end")
+            self._count_dense(layer, self.policy.dense_reason(self._step))
             return dense(query, key, value)
         backend = self.ledger.backend
+        self._lists.touch(plan.mask)
         out = execute(plan, q, k, v, scale=scale, key_valid=key_valid, backend=backend)
         return out.transpose(1, 2)
 
@@ -183,14 +198,14 @@ class ModelRun:
             return f"method {self.method.name!r} needs a grid, the geometry is {self._geometry}"
         if query.requires_grad and torch.is_grad_enabled():
             return "gradients are needed, sparse attention is for inference"
-        return self._why_no_static(layer) or self._why_no_backend(query)
+        return self._why_no_static(layer, query.shape[2]) or self._why_no_backend(query)
 
-    def _why_no_static(self, layer: int) -> str | None:
+    def _why_no_static(self, layer: int, heads: int) -> str | None:
         if not self.method.static or self.recorder is not None:
             return None
         if self.static is None:
             return f"method {self.method.name!r} needs a plan from calibrate()"
-        return self.static.why_not(self._geometry, layer, self._step)
+        return self.static.why_not(self._geometry, layer, heads)
 
     def _state(self, layer: int, q: Tensor) -> _LayerState:
         branch = "" if self.method.branches == "shared" else self._step.branch
@@ -212,15 +227,14 @@ class ModelRun:
             plan = self.static.plan(self.planner, geometry, layer, self._step, q.device)
             self._count_sparse(plan, layer, reused=True)
             return plan, None
-        if _comes_again(self._step.step, state.planned_at):
-            state.plan, state.planned_at = None, None
+        state.forget_if_again(self._step.step, self._step.branch)
         known = state.plan if state.plan is not None and state.plan.matches(q) else None
         action = self.policy.action(self._step, known is not None, state.planned_at)
         if action is Action.DENSE:
             return None, None
         if self.method.score == "window":
-            density = self._density(q, geometry)
-            plan = self.planner.window_plan(geometry, q.device, density, q.shape[1])
+            with self.ledger.timer.measure(q.device):
+                plan = self.planner.window_plan(geometry, q.device, self._density(geometry), q.shape[1])
             self._count_sparse(plan, layer, reused=True)
             return plan, None
         if action is Action.SPARSE:
@@ -237,7 +251,7 @@ class ModelRun:
                 lse, extra = attention_lse(q, k, scale=scale, key_valid=key_valid), 0.5
             order = known.order if known is not None else None
             plan = self._make_plan(q, k, lse, layer, geometry, scale, key_valid, order)
-        state.plan, state.planned_at = plan, self._step.step
+        state.plan, state.planned_at, state.branch = plan, self._step.step, self._step.branch
         self.ledger.count_plan(self._step.step, layer, plan.cost + extra)
         if plan.finite is not None:
             self.ledger.flag(_NOT_FINITE, plan.finite)
@@ -256,38 +270,43 @@ class ModelRun:
         key_valid: Tensor | None,
         order: TokenOrder | None,
     ) -> Plan:
-        density = self._density(q, geometry)
+        density = self._density(geometry)
         plan = self.planner.plan(q, k, lse, geometry, density=density, scale=scale, key_valid=key_valid, order=order)
         if self._will_refresh():
             plan.lse = lse
         if plan.order is not None:
             self.ledger.orders[layer] = (plan.order_names, plan.order.head)
-        self._bound_lists()
         return plan
 
-    def _density(self, q: Tensor, geometry: TokenGeometry) -> float:
-        """Share of blocks to keep on sparse steps."""
+    def _density(self, geometry: TokenGeometry) -> float:
+        """Share of blocks to keep on sparse steps.
+
+        Raises:
+            ValueError: if ``run_density`` was asked for and cannot be reached, or the steps of the run are unknown.
+        """
         steps = self._step.steps
-        if self.run_density is None or steps is None:
-            return self.method.density_at(self.policy.progress(self._step))
-        planning = self.planner.cost(geometry, q.device, q.shape[2]) if self.policy.needs_lse else 0.0
-        plans = 1 + len(self.policy.refresh_steps(steps))
-        sparse = max(steps - self.policy.warmup_steps(steps), 1)
-        pooled = 1 / self.method.block_k if self.method.compensate == "mean" else 0.0
-        return self.policy.sparse_density(self.run_density, steps, pooled + planning * plans / sparse)
+        if self.run_density is None:
+            return self.policy.density(self._step)
+        if steps is None:
+            raise ValueError(
+                "run_density needs the number of steps, which this call does not tell; give density instead"
+            )
+        count, kept_dense = max(len(self.layers), 1), len(self._dense_layers)
+        target = (self.run_density * count - kept_dense) / max(count - kept_dense, 1)
+        planning, pooled = 0.0, 0.0
+        if self.policy.needs_lse:
+            first, again = self.planner.costs(geometry)
+            planning = first + again * len(self.policy.refresh_steps(steps))
+            planning += 0.0 if self.policy.plans_densely(self._step) else 0.5
+        if self.method.compensate == "mean":
+            pooled = 1 / self.method.block_k
+        return self.policy.sparse_density(target, steps, pooled, planning)
 
     def _will_refresh(self) -> bool:
         step = self._step
         if step.step is None or not step.steps or not self.policy.needs_lse:
             return False
         return any(s > step.step for s in self.policy.refresh_steps(step.steps))
-
-    def _bound_lists(self) -> None:
-        """Keep the derived index lists of all plans below a bound; masks stay bit-packed."""
-        plans = [s.plan for s in self._states.values() if s.plan is not None]
-        if sum(p.mask.nbytes() for p in plans) > _LIST_BYTES:
-            for plan in plans:
-                plan.mask.drop_lists()
 
     def _why_no_backend(self, query: Tensor) -> str | None:
         """Choose the kernel backend for this device, dtype and head size, or say why there is none.
@@ -319,13 +338,8 @@ class ModelRun:
 
     def _count_dense(self, layer: int, reason: str) -> None:
         self.ledger.count_dense(self._step.step, layer, reason)
-        if reason not in ("warm-up", "planning step", "end", "dense layer", "calibration", "method 'dense'"):
+        if reason not in SCHEDULED:
             warn_once(_logger, (self.model, reason), f"{self.model} stays dense: {reason}")
 
     def _count_sparse(self, plan: Plan, layer: int, *, reused: bool) -> None:
         self.ledger.count_sparse(self._step.step, layer, plan.density, plan.pooled_density, reused=reused)
-
-
-def _comes_again(step: int | None, planned_at: int | None) -> bool:
-    """Whether a step is at or before the one that made the plan: its run was interrupted."""
-    return step is not None and planned_at is not None and step <= planned_at

@@ -60,7 +60,7 @@ def _keep_ranked(scores: Tensor, counts: Tensor | int) -> Tensor:
 
 def _top_k(scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, int]:
     k = _budget(density, scores.shape[-1])
-    return _keep_ranked(scores, k), k
+    return _keep_ranked(scores, k), scores[..., 0].numel() * k
 
 
 def adaptive_counts(scores: Tensor, density: float) -> Tensor:
@@ -87,14 +87,16 @@ def adaptive_counts(scores: Tensor, density: float) -> Tensor:
 
 def _top_k_adaptive(scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, int | None]:
     counts = adaptive_counts(scores, density)
-    return _keep_ranked(scores, counts[..., None, None]), None
+    mean = _budget(density, scores.shape[-1])  # as many heads lie below it as above, by as much
+    return _keep_ranked(scores, counts[..., None, None]), scores[..., 0].numel() * mean
 
 
 def _top_k_head(scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, int | None]:
     flat = scores.flatten(2)
-    keep = _keep_ranked(flat, _budget(density, flat.shape[-1])).view_as(scores)
+    budget = _budget(density, flat.shape[-1])
+    keep = _keep_ranked(flat, budget).view_as(scores)
     best = torch.zeros_like(keep).scatter_(-1, scores.argmax(-1, keepdim=True), True)
-    return keep | best, None
+    return keep | best, flat[..., 0].numel() * (budget + scores.shape[2])
 
 
 def _top_p(scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, int | None]:
@@ -114,12 +116,12 @@ def _threshold(scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, 
 
 
 def _all(scores: Tensor, density: float, forced: Forced) -> tuple[Tensor, int | None]:
-    return torch.ones_like(scores, dtype=torch.bool), scores.shape[-1]
+    return torch.ones_like(scores, dtype=torch.bool), scores.numel()
 
 
 _Rule = Callable[[Tensor, float, Forced], "tuple[Tensor, int | None]"]
 
-#: Selection rules by name. A rule gives what it keeps and, if the host knows it, the blocks a row.
+#: Selection rules by name. A rule gives what it keeps and, if the host knows one, an upper bound of how many that is.
 SELECTIONS: dict[str, _Rule] = {
     "top_k": _top_k,
     "top_k_adaptive": _top_k_adaptive,
@@ -146,12 +148,9 @@ def select(rule: str, scores: Tensor, density: float, forced: Forced) -> tuple[T
     """
     scores = torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0)
     favoured = scores.masked_fill(forced.cols, math.inf)
-    keep, per_row = SELECTIONS[rule](favoured if rule != "top_p" else scores, density, forced)
+    keep, bound = SELECTIONS[rule](favoured if rule != "top_p" else scores, density, forced)
     keep = keep | forced.cols | forced.rows[:, None]
-    batch, heads, rows, cols = scores.shape
-    capacity = None
-    if per_row is not None:
-        per_row = max(per_row, forced.col_count)
-        free = rows - forced.row_count
-        capacity = batch * heads * (free * per_row + forced.row_count * cols)
-    return keep.to(torch.uint8), capacity
+    if bound is not None:
+        batch, heads, rows, cols = scores.shape
+        bound = min(bound + batch * heads * (rows * forced.col_count + cols * forced.row_count), scores.numel())
+    return keep.to(torch.uint8), bound

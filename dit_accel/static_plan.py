@@ -22,6 +22,7 @@ from dit_accel.paro import paro_scores
 from dit_accel.plan import Plan
 from dit_accel.planner import Planner, sampled_rows
 from dit_accel.select import select
+from dit_accel_kernels.lists import unpack_bits
 
 if TYPE_CHECKING:
     from dit_accel.runtime import ModelRun
@@ -65,8 +66,10 @@ class StaticPlan:
             place = step.progress or 0.0
         return min(int(place * self.steps + 1e-6), self.bits.shape[0] - 1)
 
-    def why_not(self, geometry: TokenGeometry | str, layer: int, step: StepInfo) -> str | None:
+    def why_not(self, geometry: TokenGeometry | str, layer: int, heads: int) -> str | None:
         """Reason why the plan does not serve a call, or ``None``."""
+        if heads != self.head_choice.shape[1]:
+            return f"the static plan was made for {self.head_choice.shape[1]} heads, this layer has {heads}"
         if geometry != self.geometry:
             return f"the static plan was made for {self.geometry}, this run has {geometry}"
         if layer >= self.bits.shape[1]:
@@ -88,9 +91,11 @@ class StaticPlan:
             self._plans_of = (index, device)
         if layer not in self._plans:
             layout = planner.layout(geometry, device)
-            bits = self.bits[index, layer][None].to(device, non_blocking=True)
+            kept = self.bits[index, layer][None]
             tokens = geometry.tokens
-            mask = BlockMask(bits, None, tokens, tokens, self.method.block_q, self.method.block_k)
+            visited = int(unpack_bits(kept, -(-tokens // self.method.block_k)).sum())  # on the CPU, once a step
+            bits = kept.to(device, non_blocking=True)
+            mask = BlockMask(bits, None, tokens, tokens, self.method.block_q, self.method.block_k, visited)
             self._plans[layer] = Plan(
                 mask=mask,
                 order=layout.order(self.head_choice[layer].to(device, non_blocking=True)),
@@ -159,6 +164,11 @@ class StaticPlan:
         words = -(-columns // 32)
         if plan.bits.ndim != 5 or tuple(plan.bits.shape[3:]) != (rows, words):
             raise ValueError(f"{path}: masks must be [M, L, H, {rows}, {words}], got {list(plan.bits.shape)}")
+        choice = plan.head_choice
+        if choice.ndim != 2 or tuple(choice.shape) != tuple(plan.bits.shape[1:3]):
+            raise ValueError(f"{path}: head_choice must be {list(plan.bits.shape[1:3])}, got {list(choice.shape)}")
+        if choice.numel() and not 0 <= int(choice.min()) <= int(choice.max()) < len(method.order):
+            raise ValueError(f"{path}: head_choice must lie in 0..{len(method.order) - 1}")
         return plan
 
 

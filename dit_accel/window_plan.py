@@ -11,12 +11,10 @@ from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
 from dit_accel.plan import Plan
-from dit_accel.windows import WindowSpec, token_windows, visible_fraction, window_for_density, window_levels
+from dit_accel.windows import WindowSpec, token_windows, window_levels, windows_by_share
 from dit_accel_kernels.types import TokenOrder, TokenWindows
 
 __all__ = ["window_plan"]
-
-_BISECTIONS = 7
 
 
 def window_plan(
@@ -46,7 +44,7 @@ def window_plan(
         raise ValueError(f"method {method.name!r} needs frames, height and width, got {geometry}")
     index = None if table is None else table[0].cpu()
     if method.window is not None:
-        spec = WindowSpec(method.window, method.stride, method.dilation, method.causal)
+        spec = _spec(method, method.window)
         levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
     else:
         spec, levels = _nearest(method, geometry, index, density)
@@ -67,35 +65,42 @@ def window_plan(
     )
 
 
-def _fitted_spec(method: Method, window: tuple[int, int, int]) -> WindowSpec:
-    """The spec of a window that was found, not given: a scalar stride is cut to it."""
+def _spec(method: Method, window: int | tuple[int, ...]) -> WindowSpec:
+    """The neighbourhood of a window; a scalar stride is cut to it on axes where it is longer."""
     stride = method.stride
-    if not isinstance(stride, tuple):
-        stride = tuple(min(stride, size) for size in window)
+    if not isinstance(stride, tuple) and isinstance(window, tuple):
+        stride = tuple(stride if size < 1 else min(stride, size) for size in window)
+    elif not isinstance(stride, tuple) and isinstance(window, int) and window > 0:
+        stride = min(stride, window)
     return WindowSpec(window, stride, method.dilation, method.causal)
 
 
 def _nearest(
     method: Method, geometry: TokenGeometry, index: Tensor | None, density: float
 ) -> tuple[WindowSpec, Tensor]:
-    """The equal-share window whose visited blocks come nearest to ``density``.
+    """The equal-share window whose visited blocks come nearest to ``density``; of several, the one that sees most.
 
-    Visited blocks are what a kernel computes; on small grids they are far more than visible pairs.
+    Visited blocks are what a kernel computes; on small grids they are far more than visible pairs. A window that is one
+    token wide on every axis longer than that is no neighbourhood and is not offered. Density 1 is the whole grid.
     """
-    least = visible_fraction(geometry, WindowSpec(1))
-    low, high = least, 1.0
-    best: tuple[float, WindowSpec, Tensor] | None = None
-    for bisection in range(_BISECTIONS):
-        wanted = (low + high) / 2 if bisection else least
-        spec = _fitted_spec(method, window_for_density(geometry, wanted))
+    axes = geometry.axes
+    offered = [w for w in windows_by_share(geometry) if all(size >= min(3, n) for size, n in zip(w, axes, strict=True))]
+
+    def visit(place: int) -> tuple[float, WindowSpec, Tensor]:
+        spec = _spec(method, offered[place])
         levels = window_levels(geometry, spec, index, method.block_q, method.block_k)
-        visited = (levels > 0).float().mean().item()
-        distance = abs(math.log(visited / density))
-        if best is None or distance < best[0]:
-            best = distance, spec, levels
-        if visited <= density:
-            low = max(low, wanted)
-        else:
-            high = wanted
-    assert best is not None
-    return best[1], best[2]
+        return (levels > 0).float().mean().item(), spec, levels
+
+    low, high = 0, len(offered) - 1
+    if density >= 1:
+        return visit(high)[1:]
+    while low < high:  # the last window that stays within the density
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if visit(middle)[0] <= density else (low, middle - 1)
+    best = visit(low)
+    for place in range(low + 1, len(offered)):  # the next larger visit, and all windows that visit no more than it
+        tried = visit(place)
+        if abs(math.log(tried[0] / density)) > abs(math.log(best[0] / density)):
+            break
+        best = tried
+    return best[1:]

@@ -10,7 +10,7 @@ from dit_accel.order.registry import ORDERS
 
 
 @ORDERS.register("brick", paper="arXiv 2502.04507")
-def brick(grid: Grid, size: tuple[int, ...]) -> Tensor:
+def brick(grid: Grid, size: tuple[int, ...] | None = None) -> Tensor:
     """Tiles of the grid, in raster order inside and between.
 
     The tiles at the far edges are smaller where the size does not divide the grid; their tokens stay together too, so
@@ -19,7 +19,7 @@ def brick(grid: Grid, size: tuple[int, ...]) -> Tensor:
     Args:
         grid: frames, height and width.
         size: tokens of a brick along ``(T, H, W)``, or ``(H, W)`` for bricks of one frame; larger than the grid means
-            the whole axis.
+            the whole axis. Left out, a brick is a block of 64 tokens: 4x4x4, or 8x8 for images.
 
     Returns:
         int64 ``[F*H*W]``.
@@ -27,6 +27,8 @@ def brick(grid: Grid, size: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: ``size`` does not have two or three entries of at least 1.
     """
+    if size is None:
+        size = (4, 4, 4) if grid[0] > 1 else (8, 8)
     if isinstance(size, tuple) and len(size) == 2:
         size = (1, *size)
     if not isinstance(size, tuple) or len(size) != 3 or not all(isinstance(t, int) and t >= 1 for t in size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_accel.windows.fit import snap, visible_fraction, window_for_density
+from dit_accel.windows.fit import snap, visible_fraction, window_for_density, windows_by_share
 from dit_accel.windows.levels import LEVEL_FULL, LEVEL_NONE, LEVEL_PARTIAL, window_levels
 from dit_accel.windows.rule import AxisWindow, WindowSpec, axis_codes
 from dit_accel.windows.tokens import token_windows
@@ -19,4 +19,5 @@ __all__ = [
     "visible_fraction",
     "window_for_density",
     "window_levels",
+    "windows_by_share",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dit_accel.geometry import Grid, TokenGeometry
 from dit_accel.windows.rule import AxisWindow, WindowSpec, axis_codes
 
-__all__ = ["snap", "visible_fraction", "window_for_density"]
+__all__ = ["snap", "visible_fraction", "window_for_density", "windows_by_share"]
 
 
 def visible_fraction(geometry: TokenGeometry, spec: WindowSpec) -> float:
@@ -42,15 +44,17 @@ def window_for_density(geometry: TokenGeometry, density: float) -> Grid:
             f"density must be at least {least:.4f} for {geometry}, since extra tokens are always visible, got {density}"
         )
     wanted = (density - 1) * geometry.tokens**2 / geometry.visual**2 + 1
-    best: tuple[float, Grid] | None = None
-    breaks = {k / length for length in geometry.axes for k in range(length + 1)}
-    for fraction in sorted(breaks):
+    return min(windows_by_share(geometry), key=lambda w: abs(math.prod(w) / geometry.visual - wanted))
+
+
+def windows_by_share(geometry: TokenGeometry) -> list[Grid]:
+    """Windows of about the same fraction of every axis, from one token to the whole grid, each larger than the last."""
+    breaks = sorted({k / length for length in geometry.axes for k in range(length + 1)})
+    found: dict[Grid, None] = {}
+    for fraction in breaks:
         frames, height, width = (_odd_window(length, fraction) for length in geometry.axes)
-        error = abs(frames * height * width / geometry.visual - wanted)
-        if best is None or error < best[0]:
-            best = (error, (frames, height, width))
-    assert best is not None
-    return best[1]
+        found[frames, height, width] = None
+    return list(found)
 
 
 def _odd_window(length: int, fraction: float) -> int:

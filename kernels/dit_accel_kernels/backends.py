@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .lists import lists_from_levels, pack_bits
-from .types import Pooled
+from .types import BlockLists, Pooled, TokenOrder, TokenWindows
 
 __all__ = [
     "BACKENDS",
@@ -177,7 +177,7 @@ def self_test(
     """Compare a backend with the masked reference on some hundred tokens, once per process and key.
 
     The mask is such that dense attention differs by more than ten times the tolerance, so a backend that ignores it
-    fails. It is tried with and without a pooled remainder.
+    fails. It is tried with and without a pooled remainder, with an order per head and with windows.
 
     Args:
         name: the backend.
@@ -290,21 +290,34 @@ def _compare(
     pooled = Pooled(
         draw(1, 2, kb, head_dim), draw(1, 2, kb, head_dim), count.log().to(device)[None, None], pack_bits(levels)
     )
+    order = TokenOrder(
+        torch.stack([torch.randperm(tokens, generator=gen), torch.arange(tokens).flip(0)]).to(device, torch.int32),
+        torch.tensor([0, 1], dtype=torch.int32, device=device),
+    )
+    edge = torch.randint(0, tokens, (2, 3, tokens), generator=gen, dtype=torch.int32).sort(0).values
+    codes = torch.arange(tokens, dtype=torch.int32).expand(3, -1)
+    windows = TokenWindows(*(x.contiguous().to(device) for x in (edge[0] // 4, edge[1] + tokens // 2, codes)))
     tolerance = 2e-5 if dtype in (torch.float32, torch.float64) else 2e-2
-    dense = torch.softmax((q.float() @ k.float().mT) * head_dim**-0.5, -1) @ v.float()
-    for extra in (None, pooled):
-        scale = head_dim**-0.5
+    scale = head_dim**-0.5
+    dense = torch.softmax((q.float() @ k.float().mT) * scale, -1) @ v.float()
+    cases: list[tuple[str, BlockLists, dict[str, Any]]] = [
+        ("without a remainder", lists, {}),
+        ("with a pooled remainder", lists, {"pooled": pooled}),
+        ("with a remainder and an order", lists, {"pooled": pooled, "order": order}),
+        ("with windows", lists_from_levels(levels * 255, block_q, block_k), {"windows": windows}),
+    ]
+    for what, visited, given in cases:
+        options: dict[str, Any] = {"order": None, "pooled": None, "windows": None, "key_valid": None, **given}
         # In float64, lest a process-wide permission of TF32 spoil the reference.
+        extra = options["pooled"]
         exact = extra and Pooled(extra.k.double(), extra.v.double(), extra.bias, extra.bits)
         qkv = (x.double() for x in (q, k, v))
-        want, want_lse = _run_reference(*qkv, lists, scale=scale, pooled=exact, return_lse=True)
-        got, got_lse = run_backend(
-            name, q, k, v, lists, scale=scale, order=None, pooled=extra, windows=None, key_valid=None, return_lse=True
-        )
-        what = "with a pooled remainder" if extra is not None else "without a remainder"
+        want, want_lse = _run_reference(*qkv, visited, scale=scale, return_lse=True, **(options | {"pooled": exact}))
+        got, got_lse = run_backend(name, q, k, v, visited, scale=scale, return_lse=True, **options)
         if _differ(want, dense) < 10 * tolerance:
             return f"the self-test's mask is too weak to tell sparse from dense {what}"
-        for label, error in (("output", _differ(got, want)), ("log-sum-exp", _differ(got_lse, want_lse))):
+        seen = want_lse.isfinite()
+        for label, error in (("output", _differ(got, want)), ("log-sum-exp", _differ(got_lse[seen], want_lse[seen]))):
             if not error <= tolerance:
                 return f"{label} differs from the reference by {error:.3g} {what}, at most {tolerance:g} is allowed"
     return None

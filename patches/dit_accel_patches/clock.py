@@ -40,6 +40,9 @@ class _Last:
     source: str = "calls"
 
 
+_MOST_BRANCHES = 4
+
+
 class Clock:
     """Tells the step of each forward call of one transformer, and when a new run begins.
 
@@ -165,7 +168,8 @@ class Clock:
             now.step = (last.step or 0) + (0 if same else 1)
         else:
             same = now.step is not None and now.step == last.step
-        now.ordinal = last.ordinal + 1 if same and not named else 0
+        # More calls of one step than any guidance makes are a loop over it, not ever more branches.
+        now.ordinal = (last.ordinal + 1) % _MOST_BRANCHES if same and not named else 0
 
     def _progress(self, now: _Last, steps: int | None) -> float | None:
         """Fraction of the whole schedule that lies behind, which a second transformer does not begin at 0."""

@@ -59,6 +59,7 @@ class Installation:
         adapter: the adapter that was used.
         run: receives the calls.
         layers: path of each self-attention module; the position is the layer number.
+        owner: what lives as long as this does; the core keeps its handle here.
     """
 
     def __init__(self, module: nn.Module, adapter: Adapter, run: AttentionRun, pipe: Any | None) -> None:
@@ -69,6 +70,7 @@ class Installation:
         self.adapter = adapter
         self.run = run
         self.layers: tuple[str, ...] = tuple(path for path, _ in found)
+        self.owner: object = None
         self._module: nn.Module | None = module
         self._state = ForwardState(run)
         self._clock = Clock(pipe)

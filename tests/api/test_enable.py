@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +25,10 @@ def _relative(out: Tensor, expected: Tensor) -> float:
     return float((out - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("name", ["auto", "adaspa", "na"])
+@pytest.mark.parametrize("name", METHODS)
 def test_everything_kept_equals_dense(pipe: Any, generate: Generate, name: str) -> None:
     dense = generate()
-    options: dict[str, Any] = {"window": -1, "stride": 1} if name == "na" else {"density": 1.0}
-    with dit_accel.enable(pipe, name, min_tokens=0, **options):
+    with dit_accel.enable(pipe, name, min_tokens=0, density=1.0):
         out = generate()
         status = dit_accel.status(pipe)["transformer"]
     assert status.sparse_calls > 0
@@ -39,12 +40,14 @@ def test_everything_kept_equals_dense(pipe: Any, generate: Generate, name: str) 
 def test_sparse_differs_and_disable_is_exact(pipe: Any, generate: Generate, name: str) -> None:
     originals = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
     dense = generate()
-    handle = dit_accel.enable(pipe, name, min_tokens=0, density=0.3)
+    # A grid of five bricks has no window that visits a third of them, so the windows are given.
+    options: dict[str, Any] = {"density": 0.3} if name in ("auto", "adaspa") else {"window": (3, 3, 3)}
+    handle = dit_accel.enable(pipe, name, min_tokens=0, **options)
     out = generate()
     status = handle.stats()["transformer"]
     handle.disable()
     assert 1e-5 < _relative(out, dense) < 0.5
-    assert 0 < status.sparse_density < 0.45
+    assert 0 < status.sparse_density < (0.45 if "density" in options else 1.01)
     assert status.backend == "cpu"
     assert [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")] == originals
     assert torch.equal(generate(), dense)
@@ -199,10 +202,79 @@ def test_nan_in_q_is_noted_and_spreads_no_further(pipe: Any) -> None:
     assert run.status().notes == ["attention scores were not finite: NaN or infinity in q or k"]
 
 
-def test_run_density_is_met(pipe: Any, generate: Generate) -> None:
-    with dit_accel.enable(pipe, "adaspa", min_tokens=0, run_density=0.6, select="top_k") as handle:
+@pytest.mark.parametrize("options", [{}, {"warmup": 0.0}, {"end": 0.8}, {"dense_layers": (0,), "run_density": 0.8}])
+def test_run_density_is_met(pipe: Any, generate: Generate, options: dict[str, Any]) -> None:
+    options = {"run_density": 0.6, "select": "top_k", **options}
+    with dit_accel.enable(pipe, "adaspa", min_tokens=0, **options) as handle:
         generate(steps=20)
-        assert handle.stats()["transformer"].density == pytest.approx(0.6, abs=0.08)
+        assert handle.stats()["transformer"].density == pytest.approx(
+            options["run_density"], abs=0.08
+        )  # five blocks a row
+
+
+def test_run_density_that_cannot_be_reached_is_said_at_once(pipe: Any, generate: Generate) -> None:
+    with (
+        dit_accel.enable(pipe, "adaspa", min_tokens=0, run_density=0.1) as handle,
+        pytest.raises(ValueError, match="run_density=0.1 cannot be reached: 2 of 10 steps are dense"),
+    ):
+        generate(steps=10)
+    assert handle.stats()["transformer"].calls == 0
+
+
+def test_shared_branches_plan_once(pipe: Any, generate: Generate) -> None:
+    dense = generate()
+    with dit_accel.enable(pipe, "auto", min_tokens=0, density=0.3, branches="shared") as handle:
+        out = generate()
+        status = handle.stats()["transformer"]
+    assert status.plans == 2  # one per layer, by the conditional branch
+    assert status.reasons == {"planning step": 2, "warm-up": 2}
+    assert 0 < _relative(out, dense) < 0.3
+
+
+def test_one_step_is_not_planned(pipe: Any, generate: Generate) -> None:
+    dense = generate(steps=1)
+    with dit_accel.enable(pipe, "auto", min_tokens=0) as handle:
+        assert torch.equal(generate(steps=1), dense)
+        assert handle.stats()["transformer"].density == 1.0
+
+
+def test_a_dropped_pipeline_is_freed(pipe: Any) -> None:
+    model = copy.deepcopy(pipe.transformer)
+    seen = weakref.ref(model)
+    dit_accel.enable(model)
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_failed_enable_leaves_what_was_in_force(pipe: Any, generate: Generate) -> None:
+    with dit_accel.enable(pipe, "adaspa", min_tokens=0, density=0.4):
+        expected = generate()
+        with pytest.raises(ValueError, match="dense_layers must lie in"):
+            dit_accel.enable(pipe, "adaspa", dense_layers=(99,))
+        assert torch.equal(generate(), expected)
+        assert dit_accel.status(pipe)["transformer"].sparse_calls > 0
+    dit_accel.disable(pipe)
+
+
+def test_one_transformer_of_two_can_be_replaced(pipe: Any) -> None:
+    two = type(pipe)(
+        tokenizer=None,
+        text_encoder=None,
+        vae=pipe.vae,
+        scheduler=pipe.scheduler,
+        transformer=pipe.transformer,
+        transformer_2=copy.deepcopy(pipe.transformer),
+        boundary_ratio=0.875,
+    )
+    dit_accel.enable(two, "auto")
+    dit_accel.enable(two.transformer, "adaspa")
+    assert {name: status.method for name, status in dit_accel.status(two).items()} == {
+        "transformer": "adaspa",
+        "transformer_2": "auto",
+    }
+    assert dit_accel.disable(two)
+    assert dit_accel.status(two) == {}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +288,9 @@ def test_run_density_is_met(pipe: Any, generate: Generate) -> None:
         ({"backend": "cuda"}, "backend must be one of .*got 'cuda'"),
         ({"dense_layers": (7,)}, r"dense_layers must lie in -2..1, got \[7\]"),
         ({"colour": 1}, "unknown option 'colour'"),
+        ({"method": "dense", "run_density": 0.5}, "run_density goes with a method that keeps a share"),
+        ({"run_density": "0.5"}, "run_density must be above 0"),
+        ({"order": "hilbert"}, "hilbert"),
         ({"method": "paro"}, "static: make a plan first with dit_accel.calibrate"),
     ],
 )

@@ -111,6 +111,29 @@ def test_another_geometry_stays_dense_with_the_reason(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.9}, "a static plan fixes the method; density must be given to calibrate"),
+        ({"run_density": 0.9}, "run_density must be given to calibrate"),
+        ({"method": "auto"}, "made for method 'paro', got method='auto'"),
+    ],
+)
+def test_other_wishes_beside_a_plan_raise(
+    pipe: Any, plan: dit_accel.StaticPlan, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dit_accel.enable(pipe, **{"method": "paro", "plan": plan, **options})
+
+
+def test_plans_of_others_raise(pipe: Any, plan: dit_accel.StaticPlan) -> None:
+    with pytest.raises(ValueError, match="plan= names 'transfomer'"):
+        dit_accel.enable(pipe, "paro", plan={"transfomer": plan})
+    plan.model = "FluxTransformer2DModel"
+    with pytest.raises(ValueError, match="made for FluxTransformer2DModel"):
+        dit_accel.enable(pipe, "paro", plan=plan)
+
+
+@pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
         ([], {}, "at least one prompt"),

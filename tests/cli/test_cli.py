@@ -82,7 +82,7 @@ def test_help_names_every_command() -> None:
         (["--density", "0"], "density must be above 0 and at most 1"),
         (["--density", "2"], "density must be above 0 and at most 1"),
         (["--run-density", "0"], "run-density must be above 0 and at most 1, got 0"),
-        (["--run-density", "0.05"], "density 0.05 over the run cannot be reached"),
+        (["--run-density", "0.05"], "run_density=0.05 cannot be reached"),
         (["--density", "0.5", "--run-density", "0.5"], "not both"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--frames", "0"], "frames must be at least 1, got 0"),

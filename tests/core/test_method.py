@@ -61,6 +61,13 @@ def test_any_valid_method_round_trips(density: float, warmup: float, refresh: li
         ({"score": "window", "order_choice": "recall"}, "needs scores to choose by"),
         ({"score": "none"}, "select 'all' only"),
         ({"score": "mean_pool", "static": True}, "static plan is made from score 'mass'"),
+        ({"order": ("fhw", "hwf")}, "several orders need order_choice='recall'"),
+        ({"order_choice": "paro"}, "order_choice='paro' is for static methods"),
+        ({"order": "hilbert"}, "hilbert"),
+        ({"score": "window", "density": (0.5, 0.2)}, "takes one density"),
+        ({"score": "window", "window": "wide"}, "wide"),
+        ({"dense_layers": (0.5,)}, "dense_layers must be layer numbers"),
+        ({"block_q": 64.0}, "block_q must be one of 64, 128, got 64.0"),
         ({"densty": 0.2}, r"unknown option 'densty'; known are .*density"),
     ],
 )
@@ -91,16 +98,15 @@ def test_corrupt_method_files_are_refused(text: str, message: str) -> None:
         Method.from_json(text)
 
 
-def test_density_falls_over_the_sparse_steps() -> None:
-    method = Method(name="x", density=(0.8, 0.2), warmup=0.2)
-    assert method.density_at(0.2) == pytest.approx(0.8)
-    assert method.density_at(0.6) == pytest.approx(0.5)
-    assert method.density_at(1.0) == pytest.approx(0.2)
+def test_density_falls_from_the_first_plan_to_the_last() -> None:
+    method = Method(name="x", density=(0.8, 0.2))
+    assert [method.density_at(place) for place in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
     assert Method(name="x", density=0.3).density_at(0.9) == 0.3
 
 
 def test_axes_stands_for_the_six_permutations() -> None:
     method = Method(name="x", order="axes", order_choice="recall")  # type: ignore[arg-type]
     assert method.order == ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
-    assert Method(name="x", order=("raster", "axes", "fhw")).order == ("raster", *method.order)
+    both = Method(name="x", order=("raster", "axes", "fhw"), order_choice="recall")
+    assert both.order == ("raster", *method.order)
     assert Method.from_json(method.to_json()) == method

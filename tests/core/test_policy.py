@@ -71,7 +71,29 @@ def test_a_layer_that_missed_the_planning_step_plans_later() -> None:
 
 def test_run_density_gives_the_density_of_sparse_steps() -> None:
     policy = Policy(get_method("auto"))
-    density = policy.sparse_density(0.5, 50, overhead=0.03)
-    assert 10 + 40 * (density + 0.03) == pytest.approx(0.5 * 50)
-    with pytest.raises(ValueError, match=r"0.15 over the run cannot be reached: 10 of 50 steps are dense"):
+    density = policy.sparse_density(0.5, 50, overhead=0.03, planning=0.8)
+    assert 10 + 40 * (density + 0.03) + 0.8 == pytest.approx(0.5 * 50)
+    with pytest.raises(ValueError, match=r"run_density=0.15 cannot be reached: 10 of 50 steps are dense"):
         policy.sparse_density(0.15, 50)
+    tail = Policy(get_method("auto").replace(end=0.8))
+    assert 20 + 30 * tail.sparse_density(0.5, 50) == pytest.approx(0.5 * 50)
+
+
+def test_a_falling_density_reaches_both_ends() -> None:
+    policy = Policy(Method(name="x", density=(0.8, 0.2), warmup=0.1))
+    densities = [policy.density(StepInfo(step=step, steps=30)) for step in (2, *policy.refresh_steps(30))]
+    assert densities == pytest.approx([0.8, 0.5, 0.2])
+
+
+def test_no_plan_where_too_few_sparse_steps_follow() -> None:
+    assert _run(get_method("auto"), 1) == [Action.DENSE]
+    assert _run(get_method("auto").replace(warmup=1.0), 4) == [Action.DENSE] * 4
+    assert _run(get_method("auto").replace(warmup=0.0), 2) == [Action.PLAN, Action.SPARSE]
+    policy = Policy(get_method("auto"))
+    assert policy.dense_reason(StepInfo(step=0, steps=1)) in ("warm-up", "too few steps are left for a plan to pay")
+
+
+def test_a_branch_that_follows_stays_dense_in_the_warm_up() -> None:
+    policy = Policy(get_method("auto"))
+    assert policy.action(StepInfo(step=9, steps=50, branch="uncond"), True, 9) is Action.DENSE
+    assert policy.action(StepInfo(step=10, steps=50, branch="uncond"), True, 9) is Action.SPARSE
