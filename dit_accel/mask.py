@@ -92,11 +92,6 @@ class BlockMask:
         """Number of key blocks."""
         return -(-self.k_len // self.block_k)
 
-    @property
-    def query_blocks(self) -> int:
-        """Number of query blocks."""
-        return -(-self.q_len // self.block_q)
-
     def levels(self) -> Tensor:
         """Unpack to uint8 ``[B|1, H|1, Qb, Kb]``."""
         levels = unpack_bits(self.bits, self.key_blocks)

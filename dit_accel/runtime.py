@@ -120,6 +120,8 @@ class ModelRun:
         begins, self._fresh = self._fresh, False
         if begins:
             self.ledger = Ledger()
+        if geometry != self._geometry:
+            self._states.clear()  # plans of another grid may have as many tokens
         self._geometry = geometry
         self._step = step
         self.ledger.geometry = str(geometry)
@@ -132,8 +134,6 @@ class ModelRun:
         self._lists.clear()
         self._fresh = True
         self.ledger.warn_if_all_dense(self.model, self.method.is_dense or self.recorder is not None)
-        if self.recorder is not None:
-            self.recorder.end_run()
 
     def decline(self, layer: int, reason: str) -> None:
         """Count a call that the integration sent to dense attention itself."""
@@ -233,21 +233,22 @@ class ModelRun:
         if action is Action.DENSE:
             return None, None
         if self.method.score == "window":
-            with self.ledger.timer.measure(q.device):
-                plan = self.planner.window_plan(geometry, q.device, self._density(geometry), q.shape[1])
-            self._count_sparse(plan, layer, reused=True)
-            return plan, None
+            if known is None:
+                with self.ledger.timer.measure(q.device):
+                    density = self._density(geometry)
+                    known = state.plan = self.planner.window_plan(geometry, q.device, density, q.shape[1])
+            self._count_sparse(known, layer, reused=True)
+            return known, None
         if action is Action.SPARSE:
             assert known is not None
             self._count_sparse(known, layer, reused=True)
             return known, None
-        out = None
+        out, extra = None, 0.0
+        lse = known.lse if known is not None else None
+        if action is Action.DENSE_AND_PLAN:  # the attention of this step, not a cost of planning
+            out, lse = dense_attention(q, k, v, scale=scale, key_valid=key_valid)
         with self.ledger.timer.measure(q.device):
-            lse = known.lse if known is not None else None
-            extra = 0.0
-            if action is Action.DENSE_AND_PLAN:
-                out, lse = dense_attention(q, k, v, scale=scale, key_valid=key_valid)
-            elif lse is None and self.policy.needs_lse:
+            if lse is None and self.policy.needs_lse:
                 lse, extra = attention_lse(q, k, scale=scale, key_valid=key_valid), 0.5
             order = known.order if known is not None else None
             plan = self._make_plan(q, k, lse, layer, geometry, scale, key_valid, order)

@@ -187,11 +187,6 @@ class Recorder:
         self._choice: dict[int, Tensor] = {}
         self._geometry: TokenGeometry | None = None
         self._steps = 0
-        self._runs = 0
-
-    def end_run(self) -> None:
-        """Count a finished calibration run."""
-        self._runs += 1
 
     def next_phase(self) -> None:
         """Fix the orders; the runs that follow give the masks."""

@@ -330,3 +330,24 @@ def test_supported_models_name_wan_and_flux() -> None:
     rows = dit_accel.supported_models()
     assert {"WanTransformer3DModel", "FluxTransformer2DModel"} <= {row["model"] for row in rows}
     assert all(row["task"] in ("video", "image") for row in rows)
+
+
+def test_another_grid_of_as_many_tokens_is_planned_anew() -> None:
+    by_name = {m.name: m for m in dit_accel.methods()}
+    gen = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 320, 2, 64, generator=gen) for _ in range(3)]
+
+    def attend(run: ModelRun, grid: tuple[int, int, int]) -> Tensor:
+        run.begin_forward(dit_accel.TokenGeometry(grid), dit_accel.StepInfo(step=1, steps=4))
+        return run.attend(*qkv, layer=0, scale=None, key_valid=None, dense=lambda q, k, v: q)
+
+    def fresh() -> ModelRun:
+        run = ModelRun(by_name["na"].replace(warmup=0.0, window=(3, 3, 3)), model="Test", min_tokens=0)
+        run.set_layers(("a",))
+        return run
+
+    run = fresh()
+    first, second = attend(run, (5, 8, 8)), attend(run, (8, 5, 8))
+    assert torch.equal(first, attend(fresh(), (5, 8, 8)))
+    assert torch.equal(second, attend(fresh(), (8, 5, 8)))
+    assert not torch.equal(first, second)

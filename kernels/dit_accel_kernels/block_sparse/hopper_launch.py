@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
+from .arguments import list_args, pooled_args
 from .hopper_specs import HopperConfig, hopper_config
 
 __all__ = ["block_sparse_hopper", "reroute_reason", "run_hopper", "why_not_hopper"]
@@ -167,7 +168,7 @@ def block_sparse_hopper(
     }
     args |= {f"q_{name}": step for name, step in zip("bhs", q.stride())}
     args |= {f"out_{name}": step for name, step in zip("bhs", out.stride())}
-    args |= _list_args(lists) | _pooled_args(pooled)
+    args |= list_args(lists) | pooled_args(pooled)
     with torch.cuda.device(q.device):
         block_sparse_hopper_kernel[(programs,)](
             **args,
@@ -198,34 +199,6 @@ def _descriptor(x: Tensor, rows: int) -> Any:
     strides = [step if size > 1 else x.shape[3] for size, step in zip(x.shape, x.stride())]
     strides[3] = 1
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[3]], layout)
-
-
-def _broadcast(x: Tensor) -> tuple[int, int]:
-    """Strides of a contiguous tensor's first two dimensions, 0 where it is shared."""
-    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
-
-
-def _list_args(lists: BlockLists) -> dict[str, Any]:
-    row_start = lists.row_start.contiguous()
-    batch, head = _broadcast(row_start)
-    return {
-        "row_start": row_start,
-        "full": lists.full.contiguous(),
-        "partial": None if lists.partial is None else lists.partial.contiguous(),
-        "indices": lists.indices.contiguous(),
-        "list_b": batch,
-        "list_h": head,
-    }
-
-
-def _pooled_args(pooled: Pooled | None) -> dict[str, Any]:
-    if pooled is None:
-        return dict.fromkeys(("bias", "bits")) | dict.fromkeys(("bits_b", "bits_h", "bias_b", "bias_h"), 0)
-    bias, bits = pooled.bias.contiguous(), pooled.bits.contiguous()
-    args: dict[str, Any] = {"bias": bias, "bits": bits}
-    args["bits_b"], args["bits_h"] = _broadcast(bits)
-    args["bias_b"], args["bias_h"] = _broadcast(bias)
-    return args
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
+from .arguments import list_args, pooled_args
 from .configs import TileConfig, split_head_dim, tile_config
 from .triton import block_sparse_fwd_kernel
 
@@ -74,7 +75,7 @@ def block_sparse_triton(
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
     args: dict[str, Any] = {"q": q, "out": out, "lse": lse if return_lse else None, "scale": scale}
-    args |= _list_args(lists) | _order_args(order) | _pooled_args(pooled) | _window_args(windows)
+    args |= list_args(lists) | _order_args(order) | pooled_args(pooled) | _window_args(windows)
     args["key_valid"] = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
     tiled: dict[str, Tensor | None] = {"k": k, "v": v, "pool_k": None, "pool_v": None}
     if pooled is not None:
@@ -147,38 +148,10 @@ def _descriptor(x: Tensor, block_n: int, width: int) -> Any:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, block_n, width])
 
 
-def _broadcast(x: Tensor) -> tuple[int, int]:
-    """Strides of a contiguous tensor's first two dimensions, 0 where it is shared."""
-    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
-
-
-def _list_args(lists: BlockLists) -> dict[str, Any]:
-    row_start = lists.row_start.contiguous()
-    batch, head = _broadcast(row_start)
-    return {
-        "row_start": row_start,
-        "full": lists.full.contiguous(),
-        "partial": None if lists.partial is None else lists.partial.contiguous(),
-        "indices": lists.indices.contiguous(),
-        "list_b": batch,
-        "list_h": head,
-    }
-
-
 def _order_args(order: TokenOrder | None) -> dict[str, Any]:
     if order is None:
         return {"table": None, "head_row": None}
     return {"table": order.table.contiguous(), "head_row": order.head.contiguous()}
-
-
-def _pooled_args(pooled: Pooled | None) -> dict[str, Any]:
-    if pooled is None:
-        return dict.fromkeys(("bias", "bits")) | dict.fromkeys(("bits_b", "bits_h", "bias_b", "bias_h"), 0)
-    bias, bits = pooled.bias.contiguous(), pooled.bits.contiguous()
-    args: dict[str, Any] = {"bias": bias, "bits": bits}
-    args["bits_b"], args["bits_h"] = _broadcast(bits)
-    args["bias_b"], args["bias_h"] = _broadcast(bias)
-    return args
 
 
 def _window_args(windows: TokenWindows | None) -> dict[str, Any]:
