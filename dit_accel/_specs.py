@@ -142,12 +142,14 @@ class Entry(Generic[T]):
         factory: callable that makes or computes it.
         summary: first line of the factory's docstring.
         paper: where it was published, for example ``"arXiv 2506.16054"``; empty if nowhere.
+        traits: further facts about it that its registry's users look at.
     """
 
     name: str
     factory: Callable[..., T]
     summary: str
     paper: str
+    traits: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Registry(Generic[T]):
@@ -161,8 +163,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, Entry[T]] = {}
 
-    def register(self, name: str, *, paper: str = "") -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Decorator that adds a factory under ``name``.
+    def register(self, name: str, *, paper: str = "", **traits: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Decorator that adds a factory under ``name``, with further ``traits`` that :meth:`trait` gives.
 
         Raises:
             ValueError: the name is taken or no valid spec name.
@@ -174,7 +176,7 @@ class Registry(Generic[T]):
 
         def add(factory: Callable[..., T]) -> Callable[..., T]:
             summary = (inspect.getdoc(factory) or "").partition("\n")[0]
-            self._entries[name] = Entry(name, factory, summary, paper)
+            self._entries[name] = Entry(name, factory, summary, paper, MappingProxyType(traits))
             return factory
 
         return add
@@ -198,14 +200,26 @@ class Registry(Generic[T]):
             ValueError: the name is unknown or the values do not fit the factory's parameters.
         """
         spec = parse_spec(spec)
-        factory = self.entry(spec.name).factory
-        signature = inspect.signature(factory)
+        self.check(spec, len(leading))
+        return self.entry(spec.name).factory(*leading, *spec.args, **spec.kwargs)
+
+    def check(self, spec: str | Spec, leading: int) -> None:
+        """Check a spec without calling its factory, which takes ``leading`` arguments before those of the spec.
+
+        Raises:
+            ValueError: the name is unknown or the values do not fit the factory's parameters.
+        """
+        spec = parse_spec(spec)
+        signature = inspect.signature(self.entry(spec.name).factory)
         try:
-            signature.bind(*leading, *spec.args, **spec.kwargs)
+            signature.bind(*[None] * leading, *spec.args, **spec.kwargs)
         except TypeError as error:
-            wanted = ", ".join(str(p) for p in list(signature.parameters.values())[len(leading) :]) or "nothing"
+            wanted = ", ".join(str(p) for p in list(signature.parameters.values())[leading:]) or "nothing"
             raise ValueError(f"{self.kind} {spec.name!r} takes ({wanted}), got '{spec}': {error}") from None
-        return factory(*leading, *spec.args, **spec.kwargs)
+
+    def trait(self, spec: str | Spec, name: str, default: Any = None) -> Any:
+        """A trait of the entry that ``spec`` names, or ``default``."""
+        return self.entry(parse_spec(spec).name).traits.get(name, default)
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -35,6 +35,7 @@ __all__ = [
 
 _logger = get_logger("dit_accel")
 _COMPONENTS = ("transformer", "transformer_2", "transformer_3")
+_SLOTS = {"order", "order_choice", "score", "select", "compensate"}
 # Handles are kept alive by what is installed on the module, so that a dropped pipeline takes its handle along.
 _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
@@ -137,7 +138,7 @@ def _method_of_plans(
 
 def enable(
     target: Any,
-    method: str | Method = "auto",
+    method: str | Method | None = None,
     *,
     backend: str | None = None,
     min_tokens: int = 2048,
@@ -149,7 +150,9 @@ def enable(
 
     Args:
         target: a diffusers pipeline (all its transformers are accelerated), or one transformer.
-        method: name from :func:`methods`, or a :class:`~dit_accel.Method`.
+        method: name from :func:`methods`, or a :class:`~dit_accel.Method`. Left out it is ``"auto"``, or where
+            slots are given by keyword, a composition of these alone: ``enable(pipe, order="gilbert",
+            score="xattn", select="top_p:0.9", compensate="mean")``.
         backend: kernel backend (``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"``); ``None`` takes the best
             that passes its self-test. The environment variable ``DIT_ACCEL_BACKEND`` sets a default.
         min_tokens: shorter sequences stay dense.
@@ -166,7 +169,7 @@ def enable(
             model that no adapter knows, or a static method without a plan.
         RuntimeError: if an explicitly requested backend cannot run here.
     """
-    chosen = get_method(method).replace(**overrides) if overrides else get_method(method)
+    chosen = _choose(method, overrides)
     if run_density is not None and (not isinstance(run_density, int | float) or not 0 < run_density <= 1):
         raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
     if not isinstance(min_tokens, int) or min_tokens < 0:
@@ -183,9 +186,7 @@ def enable(
         )
     if plans:
         chosen = _method_of_plans(chosen, plans, modules, overrides, run_density)
-    if run_density is not None and (
-        chosen.select in ("all", "top_p", "threshold") or isinstance(chosen.density, tuple)
-    ):
+    if run_density is not None and (not chosen.keeps_density or isinstance(chosen.density, tuple)):
         raise ValueError(
             f"run_density goes with a method that keeps a share of the blocks, not with select={chosen.select!r} and "
             f"density={chosen.density!r}"
@@ -202,6 +203,19 @@ def enable(
             module=module,
         )
     return _install(target, chosen, modules, runs)
+
+
+def _choose(method: str | Method | None, overrides: dict[str, Any]) -> Method:
+    """The method that was asked for: a known one with changes, or slots by keyword."""
+    if method is None and not _SLOTS & set(overrides):
+        method = "auto"
+    if method is not None:
+        return get_method(method).replace(**overrides) if overrides else get_method(method)
+    orders = overrides.get("order", "raster")
+    several = orders == "axes" or (not isinstance(orders, str) and len(orders) > 1)
+    if several and "order_choice" not in overrides:
+        overrides = {**overrides, "order_choice": "recall"}
+    return Method(name="custom", summary="Slots given by keyword.").replace(**{"density": None, **overrides})
 
 
 def _install(target: Any, method: Method, modules: dict[str, nn.Module], runs: dict[str, ModelRun]) -> Handle:
@@ -280,7 +294,7 @@ def disable(target: Any) -> bool:
 
 
 @contextmanager
-def enabled(target: Any, method: str | Method = "auto", **options: Any) -> Iterator[Handle]:
+def enabled(target: Any, method: str | Method | None = None, **options: Any) -> Iterator[Handle]:
     """Accelerate within a ``with`` block; the options are those of :func:`enable`."""
     handle = enable(target, method, **options)
     try:

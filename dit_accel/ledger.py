@@ -19,7 +19,7 @@ __all__ = ["SCHEDULED", "LayerStatus", "Ledger", "RunStatus", "Status"]
 _logger = get_logger(__name__)
 
 #: Reasons for dense calls that the user's own settings give; the others are worth a warning.
-SCHEDULED = ("warm-up", "planning step", "end", "dense layer", "calibration", "method 'dense'")
+SCHEDULED = ("warm-up", "planning step", "end", "dense turn", "dense layer", "calibration", "method 'dense'")
 
 
 @dataclass
@@ -143,7 +143,7 @@ class _Call(NamedTuple):
     step: int | None
     layer: int
     exact: Tensor | float
-    extra: float
+    extra: Tensor | float
 
 
 class _Planned(NamedTuple):
@@ -173,7 +173,7 @@ class Ledger:
         self.dense[layer][reason] += 1
         self.calls.append(_Call(step, layer, 1.0, 0.0))
 
-    def count_sparse(self, step: int | None, layer: int, exact: Tensor, extra: float, *, reused: bool) -> None:
+    def count_sparse(self, step: int | None, layer: int, exact: Tensor, extra: Tensor | float, *, reused: bool) -> None:
         """One sparse call: ``exact`` share ``[B|1, H|1]``, plus ``extra`` work."""
         self.calls.append(_Call(step, layer, exact, extra))
         self.cache_hits += reused
@@ -199,7 +199,8 @@ class Ledger:
     def status(self, model: str, method: str, layers: tuple[str, ...]) -> RunStatus:
         """Read everything, once per question; this is where the device is waited for."""
         shares = self._read_shares()
-        works = [shares[i].mean().item() + c.extra for i, c in enumerate(self.calls)]
+        extras = self._read_extras()
+        works = [share.mean().item() + extra for share, extra in zip(shares, extras, strict=True)]
         plan_work = sum(p.cost for p in self.plans)
         sparse = [i for i, c in enumerate(self.calls) if isinstance(c.exact, Tensor)]
         count = len(works)
@@ -237,6 +238,19 @@ class Ledger:
                 read[id(call.exact)] = call.exact.detach().float().mean(0).cpu()
             shares.append(read[id(call.exact)])
         return shares
+
+    def _read_extras(self) -> list[float]:
+        """Further work of each call on the host."""
+        read: dict[int, float] = {}
+        extras = []
+        for call in self.calls:
+            if not isinstance(call.extra, Tensor):
+                extras.append(call.extra)
+                continue
+            if id(call.extra) not in read:
+                read[id(call.extra)] = float(call.extra.detach().float().mean())
+            extras.append(read[id(call.extra)])
+        return extras
 
     def _by(self, key: str, works: list[float]) -> dict[int, float]:
         """Mean work per attention call, planning included, by step or layer."""

@@ -8,20 +8,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dit_accel._specs import parse_spec
+from dit_accel._specs import Registry, parse_spec
+from dit_accel.choice import CHOICES
+from dit_accel.compensate import COMPENSATIONS, make_compensation
+from dit_accel.content import CONTENT_ORDERS
+from dit_accel.geometry import TokenGeometry
 from dit_accel.order import AXIS_ORDERS, ORDERS
+from dit_accel.pattern import PATTERNS
+from dit_accel.reuse import Reuse, parse_reuse
+from dit_accel.score import SCORES
+from dit_accel.selection import SELECTIONS
 from dit_accel.windows import WindowSpec
 
 __all__ = ["METHOD_VERSION", "Method"]
 
 METHOD_VERSION = 1
 
-_ORDER_CHOICES = ("fixed", "recall", "paro")
-_SCORES = ("mass", "mean_pool", "window", "none")
-_SELECTIONS = ("top_k", "top_k_adaptive", "top_k_head", "top_p", "threshold", "all")
-_COMPENSATIONS = ("drop", "mean")
 _BRANCHES = ("separate", "shared")
-_BLOCKS = (64, 128)
+_BLOCKS = (16, 32, 64, 128)
+_DEFAULT_DENSITY = 0.25
 
 Axes = int | tuple[int, ...] | None
 
@@ -39,24 +44,31 @@ class Method:
         name: short name, as given to :func:`dit_accel.enable`.
         summary: one line.
         paper: arXiv id of the paper, or ``None``.
-        order: candidate token orders (see :mod:`dit_accel.order`). ``"axes"`` stands for the six
-            axis permutations of PAROAttention.
-        order_choice: how each head picks among them: ``"fixed"`` (there is one), ``"recall"`` (the
-            softmax mass that the resulting mask keeps) or ``"paro"`` (PAROAttention's metric, static
-            methods only).
-        score: estimate of block importance: ``"mass"`` (exact softmax mass from the LSE),
-            ``"mean_pool"``, ``"window"`` (geometry) or ``"none"``.
-        select: ``"top_k"`` per row, ``"top_k_adaptive"`` (AdaSpa's head-adaptive budgets),
-            ``"top_k_head"`` (one budget over a head), ``"top_p"``, ``"threshold"`` or ``"all"``.
-        density: share of blocks computed exactly on a sparse step, or ``(first, last)`` for a
-            density that falls linearly over the sparse steps and follows at each refresh. For
-            ``"top_p"`` the share of mass to keep, for ``"threshold"`` the least mean mass of a block.
-        compensate: ``"drop"``, or ``"mean"``: each skipped block enters the softmax as one key.
-        block_q: tokens in a query block, 64 or 128.
-        block_k: tokens in a key block, 64 or 128.
+        order: candidate token orders, specs of :mod:`dit_accel.order`; ``"axes"`` stands for the six
+            axis permutations of PAROAttention. Or one content order of :mod:`dit_accel.content`.
+        order_choice: how each head picks among them, a spec of :mod:`dit_accel.choice`: ``"fixed"``
+            (there is one), ``"recall"`` (the softmax mass that the resulting mask keeps) and others.
+        score: estimate of block importance, a spec of :mod:`dit_accel.score` such as ``"mass"`` (exact
+            softmax mass from the LSE) or ``"mean_pool"``, or of :mod:`dit_accel.pattern`, which follows
+            from the geometry alone, such as ``"window"``.
+        select: which blocks are computed, a spec of :mod:`dit_accel.selection` such as ``"top_k"`` or
+            ``"top_p:0.9"``. Patterns have chosen already.
+        density: share of the map computed on a sparse step, or ``(first, last)`` for a density that
+            falls linearly over the sparse steps and follows at each refresh. ``None`` leaves it to the
+            selection's own strength, ``0.9`` in ``"top_p:0.9"``, or to the pattern's parameters; a
+            density overrides them. Selections without a strength get 0.25.
+        compensate: what becomes of skipped blocks, a spec of :mod:`dit_accel.compensate`: ``"drop"``,
+            ``"mean"`` (each enters the softmax as one key) and others.
+        block_q: tokens in a query block, 16, 32, 64 or 128.
+        block_k: tokens in a key block, 16, 32, 64 or 128.
         warmup: share of the denoising steps that stay dense at the start.
         end: share of the steps after which attention is dense again.
         refresh: shares of the run at which the plan is made again.
+        reuse: how long plans live besides, specs of :mod:`dit_accel.reuse`: ``"every:4"``,
+            ``"similar:0.9"``, ``"leaders:0x4x8"``.
+        dense_every: every so many sparse steps one is dense; 0 for none.
+        logit_scale: ``"none"``, or ``"sqrt_log:1560"``: logits of sparse steps are multiplied by
+            ``sqrt(log(S) / log(1560))`` for a model trained on 1560 tokens (FreeSwim, arXiv 2511.14712).
         dense_layers: indices of layers that stay dense; negative ones count from the end.
         branches: whether guidance branches have their own plans or share the first one's.
         static: the plan comes from :func:`dit_accel.calibrate` and outlives runs.
@@ -77,13 +89,16 @@ class Method:
     order_choice: str = "fixed"
     score: str = "mass"
     select: str = "top_k"
-    density: float | tuple[float, float] = 0.25
+    density: float | tuple[float, float] | None = None
     compensate: str = "drop"
     block_q: int = 64
     block_k: int = 64
     warmup: float = 0.2
     end: float = 1.0
     refresh: tuple[float, ...] = ()
+    reuse: tuple[str, ...] = ()
+    dense_every: int = 0
+    logit_scale: str = "none"
     dense_layers: tuple[int, ...] = ()
     branches: str = "separate"
     static: bool = False
@@ -102,17 +117,16 @@ class Method:
                 object.__setattr__(self, field.name, tuple(value))
             elif field.name in ("refresh", "dense_layers") and _is_number(value):
                 object.__setattr__(self, field.name, (value,))
+        if isinstance(self.reuse, str):
+            object.__setattr__(self, "reuse", (self.reuse,))
         names = (self.order,) if isinstance(self.order, str) else self.order
         expanded = [n for name in names for n in (AXIS_ORDERS if name == "axes" else (name,))]
         object.__setattr__(self, "order", tuple(dict.fromkeys(expanded)))
         self._check_density()
+        _require(isinstance(self.score, str) and isinstance(self.select, str), "score and select", self.score, "specs")
         _require(bool(self.name), "name", self.name, "a non-empty string")
         _require(len(self.order) > 0, "order", self.order, "at least one order name")
         for slot, known in (
-            ("order_choice", _ORDER_CHOICES),
-            ("score", _SCORES),
-            ("select", _SELECTIONS),
-            ("compensate", _COMPENSATIONS),
             ("branches", _BRANCHES),
             ("block_q", _BLOCKS),
             ("block_k", _BLOCKS),
@@ -130,46 +144,139 @@ class Method:
         )
         ok = all(isinstance(i, int) and not isinstance(i, bool) for i in self.dense_layers)
         _require(ok, "dense_layers", self.dense_layers, "layer numbers")
-        for name in self.order:
-            ORDERS.entry(parse_spec(name).name)
+        every = self.dense_every
+        _require(
+            isinstance(every, int) and not isinstance(every, bool) and every >= 0, "dense_every", every, "at least 0"
+        )
+        self._check_slots()
+        if self.density is None and not (self.is_geometric or self.has_strength) and self.keeps_density:
+            object.__setattr__(self, "density", _DEFAULT_DENSITY)
         WindowSpec(-1 if self.window is None else self.window, 1, self.dilation, self.causal)
         self._check_combination()
 
+    def _check_slots(self) -> None:
+        for name in self.order:
+            spec = parse_spec(name)
+            if spec.name in CONTENT_ORDERS:
+                CONTENT_ORDERS.check(spec, 1)
+            else:
+                ORDERS.check(spec, 1)
+        CHOICES.check(self.order_choice, 2)
+        (PATTERNS if self.is_geometric else SCORES).check(self.score, 1)
+        SELECTIONS.check(self.select, 2)
+        COMPENSATIONS.check(self.compensate, 0)
+        make_compensation(self.compensate)
+        parse_reuse(self.reuse)
+        self.logit_factor(2)
+
     def _check_density(self) -> None:
+        if self.density is None:
+            return
         values = self.density if isinstance(self.density, tuple) else (self.density,)
         ok = len(values) in (1, 2) and all(_is_number(v) and math.isfinite(v) and 0 < v <= 1 for v in values)
         _require(ok, "density", self.density, "above 0 and at most 1, or a pair of such numbers")
 
     def _check_combination(self) -> None:
-        if self.score in ("window", "none") and self.order_choice != "fixed":
+        choice, score = parse_spec(self.order_choice).name, parse_spec(self.score).name
+        if choice == "recall" and (self.is_geometric or score == "none"):
             raise ValueError(
                 f"order_choice {self.order_choice!r} needs scores to choose by, but score is "
                 f"{self.score!r}; use order_choice='fixed'"
             )
-        if len(self.order) > 1 and self.order_choice == "fixed":
+        if len(self.order) > 1 and choice == "fixed":
             raise ValueError(
                 f"several orders need order_choice='recall', which lets each head choose; got {self.order} with 'fixed'"
             )
-        if self.order_choice == "paro" and not self.static:
-            raise ValueError("order_choice='paro' is for static methods; use order_choice='recall'")
-        if self.score == "window" and isinstance(self.density, tuple):
-            raise ValueError(f"score='window' takes one density, a window does not change; got {self.density}")
-        if self.score == "none" and self.select != "all":
-            raise ValueError(f"score 'none' goes with select 'all' only, got {self.select!r}")
-        if self.score == "window" and self.compensate != "drop":
+        content = [name for name in self.order if parse_spec(name).name in CONTENT_ORDERS]
+        if content and (len(self.order) > 1 or self.is_geometric or self.static):
             raise ValueError(
-                "compensate='mean' cannot go with score='window': its masks are token-level and a "
+                f"order {content[0]!r} depends on the tokens: it stands alone, with scores of the data and without "
+                f"calibration; got order={self.order}, score={self.score!r}, static={self.static}"
+            )
+        if CHOICES.trait(choice, "static", False) and not self.static:
+            raise ValueError(f"order_choice={choice!r} is for static methods; use order_choice='recall'")
+        if self.is_geometric and isinstance(self.density, tuple):
+            raise ValueError(f"score={score!r} takes one density, a pattern does not change; got {self.density}")
+        if score == "none" and parse_spec(self.select).name not in ("all", "insisted"):
+            raise ValueError(f"score 'none' goes with select 'all' or 'insisted' only, got {self.select!r}")
+        if self.is_geometric and make_compensation(self.compensate).pooled and PATTERNS.trait(score, "windows", False):
+            raise ValueError(
+                f"compensate={self.compensate!r} cannot go with score={score!r}: its masks are token-level and a "
                 "block mean would count visible keys twice; use compensate='drop'"
             )
-        if self.static and self.score != "mass":
-            raise ValueError(f"a static plan is made from score 'mass', got {self.score!r}")
+        if self.static and not self.is_geometric and score != "mass":
+            raise ValueError(f"a static plan is made from score 'mass' or a pattern, got {self.score!r}")
+
+    @property
+    def is_geometric(self) -> bool:
+        """Whether the mask follows from the geometry alone."""
+        return parse_spec(self.score).name in PATTERNS
 
     @property
     def is_dense(self) -> bool:
         """Whether every block is kept, so that dense attention does the same."""
-        return self.select == "all"
+        return not self.is_geometric and parse_spec(self.select).name == "all"
 
-    def density_at(self, place: float) -> float:
+    @property
+    def plans_from_data(self) -> bool:
+        """Whether a plan looks at queries and keys; a pattern in a fixed order does not."""
+        return not self.is_geometric or parse_spec(self.order_choice).name != "fixed"
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether plans are made from the log-sum-exp of dense attention."""
+        scored = not self.is_geometric and bool(SCORES.trait(self.score, "needs_lse", False))
+        return scored or bool(CHOICES.trait(self.order_choice, "needs_lse", False))
+
+    @property
+    def keeps_density(self) -> bool:
+        """Whether a density can be asked for, and is kept."""
+        return parse_spec(self.select).name not in ("all", "insisted")
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether the selection was given a strength of its own."""
+        spec = parse_spec(self.select)
+        return bool(spec.args or spec.kwargs)
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether the selection gives levels of a pyramid besides exact and skipped blocks."""
+        return bool(SELECTIONS.trait(self.select, "levels", False))
+
+    @property
+    def reuse_rules(self) -> Reuse:
+        """:attr:`reuse`, parsed."""
+        return parse_reuse(self.reuse)
+
+    @property
+    def content_order(self) -> str | None:
+        """The content order, if :attr:`order` names one."""
+        return self.order[0] if parse_spec(self.order[0]).name in CONTENT_ORDERS else None
+
+    def plan_costs(self, geometry: TokenGeometry, candidates: int) -> tuple[float, float]:
+        """Work of a run's first plan and of each later one, in dense attentions; the order is chosen once.
+
+        What only the data decide is not in it.
+        """
+        again = 0.0 if self.is_geometric else _cost_of(SCORES, self.score, self, geometry)
+        if self.content_order is not None:
+            again += _cost_of(CONTENT_ORDERS, self.content_order, self, geometry)
+        chosen = _cost_of(CHOICES, self.order_choice, self, geometry, candidates) if candidates > 1 else 0.0
+        return again + chosen, again
+
+    def logit_factor(self, tokens: int) -> float:
+        """What :attr:`logit_scale` multiplies the logits of a sequence of ``tokens`` by."""
+        spec = parse_spec(self.logit_scale)
+        if spec.name == "none" and not spec.args and not spec.kwargs:
+            return 1.0
+        native = spec.args[0] if len(spec.args) == 1 else None
+        ok = spec.name == "sqrt_log" and isinstance(native, int) and not isinstance(native, bool) and native > 1
+        _require(ok, "logit_scale", self.logit_scale, "'none' or 'sqrt_log:N' with the tokens N of the training size")
+        assert isinstance(native, int)
+        return math.sqrt(math.log(max(tokens, 2)) / math.log(native))
+
+    def density_at(self, place: float) -> float | None:
         """Density of the plan that lies at ``place`` between the first plan of a run, 0, and the last, 1."""
         if not isinstance(self.density, tuple):
             return self.density
@@ -244,7 +351,9 @@ class Method:
         lines.append(f"  remainder   {self.compensate}")
         lines.append(f"  blocks      {self.block_q} x {self.block_k}")
         lines.append(f"  schedule    warm-up {self.warmup:g}, end {self.end:g}, refresh {list(self.refresh)}")
-        if self.score == "window":
+        if self.reuse or self.dense_every:
+            lines.append(f"  reuse       {', '.join(self.reuse) or 'none'}, dense every {self.dense_every}")
+        if parse_spec(self.score).name == "window":
             lines.append(
                 f"  window      {self.window}, stride {self.stride}, dilation {self.dilation}, causal {self.causal}"
             )
@@ -253,6 +362,11 @@ class Method:
     def __str__(self) -> str:
         """The slots as text."""
         return self.describe()
+
+
+def _cost_of(registry: Registry[Any], spec: str, *args: Any) -> float:
+    cost = registry.trait(spec, "cost", 0.0)
+    return float(cost(*args)) if callable(cost) else float(cost)
 
 
 def _is_number(value: object) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_accel.compensate import Compensation, SparseCall, make_compensation
+from dit_accel.context import valid_in_block_order
 from dit_accel.mask import BlockMask
+from dit_accel.score import Gather
 from dit_accel_kernels import (
     block_sparse_attention,
     block_stats,
@@ -20,6 +23,8 @@ from dit_accel_kernels.types import Pooled, TokenOrder, TokenWindows
 
 __all__ = ["Plan", "execute"]
 
+_DROP = make_compensation("drop")
+
 
 @dataclass(eq=False)
 class Plan:
@@ -27,52 +32,63 @@ class Plan:
 
     Attributes:
         mask: which blocks, in block order.
-        order: token order per head; ``None`` is natural order.
+        order: token order of the queries, per head; ``None`` is natural order.
+        key_order: token order of the keys and values.
         order_names: candidates that ``order`` was chosen from.
         windows: token-level windows of partial blocks, or ``None``.
-        compensate: whether skipped blocks enter as their mean.
+        compensation: what becomes of skipped blocks.
         density: share of the map that is exact, float32 ``[B|1, H|1]`` on the device.
         cost: work of making it, in dense attentions of this layer.
+        gather: single or pooled keys that enter besides, or ``None``.
+        seen_bits: like ``mask.bits``, blocks that do not enter as their mean, where these are not the exact ones.
+        state: what :attr:`compensation` keeps.
+        extra_work: work of a sparse call beyond exact blocks, pooled and gathered keys, as a share of dense attention.
         lse: log-sum-exp ``[B, H, S]`` kept for a later refresh, or ``None``.
         finite: whether the scores were finite, a 0-dim bool on the device.
         recall: softmax mass that the mask keeps by its own scores, ``[B, H]``, or ``None``.
         bias: what :func:`execute` keeps of the pooled remainder between calls.
+        parts: one plan for each batch element, where orders depend on content; the rest of this plan then only counts.
     """
 
     mask: BlockMask
     order: TokenOrder | None
+    key_order: TokenOrder | None
     order_names: tuple[str, ...]
     windows: TokenWindows | None
-    compensate: bool
+    compensation: Compensation
     density: Tensor
     cost: float
+    gather: Gather | None = None
+    seen_bits: Tensor | None = None
+    state: Any = None
+    extra_work: float = 0.0
     lse: Tensor | None = None
     finite: Tensor | None = None
     recall: Tensor | None = None
     bias: Tensor | None = None
+    parts: tuple[Plan, ...] = field(default=())
+
+    @property
+    def compensate(self) -> bool:
+        """Whether skipped blocks enter as pooled keys."""
+        return self.compensation.pooled
 
     @property
     def pooled_density(self) -> float:
-        """Work of the pooled remainder as a share of dense attention: one key per block."""
-        return self.mask.key_blocks / self.mask.k_len if self.compensate else 0.0
+        """Work of the pooled remainder and of the compensation as a share of dense attention: one key per block."""
+        return (self.mask.key_blocks / self.mask.k_len if self.compensate else 0.0) + self.extra_work
+
+    @property
+    def gathered_density(self) -> Tensor | float:
+        """Work of gathered keys as a share of dense attention."""
+        return 0.0 if self.gather is None else self.gather.work
 
     def matches(self, query: Tensor) -> bool:
         """Whether the plan fits a query ``[B, H, S, D]``."""
-        batch = self.mask.bits.shape[0]
+        batch = len(self.parts) if self.parts else self.mask.bits.shape[0]
         return (
             query.shape[2] == self.mask.q_len and batch in (1, query.shape[0]) and self.mask.bits.device == query.device
         )
-
-
-def valid_in_block_order(key_valid: Tensor | None, order: TokenOrder | None) -> Tensor | None:
-    """Move a key-valid vector ``[B, S]`` to block order.
-
-    Every candidate order moves the visual tokens among themselves and puts the others in the same
-    places, and only those others can be invalid, so one row of the table serves all heads.
-    """
-    if key_valid is None or order is None:
-        return key_valid
-    return key_valid[:, order.table[0].long()]
 
 
 def _pooled_bias(plan: Plan, count: Tensor, key_valid: Tensor | None) -> Tensor:
@@ -108,31 +124,66 @@ def execute(
     Returns:
         ``[B, H, S, D]`` with the strides of ``query``.
     """
+    if plan.parts:
+        return _execute_parts(plan, query, key, value, scale=scale, key_valid=key_valid, backend=backend)
     block = plan.mask.block_k
-    valid = valid_in_block_order(key_valid, plan.order)
+    valid = valid_in_block_order(key_valid, plan.key_order)
     pooled = None
     if plan.compensate:
-        if plan.order is not None:
-            moved = permute_and_pool(key, value, plan.order, block=block, key_valid=valid)
+        if plan.key_order is not None:
+            moved = permute_and_pool(key, value, plan.key_order, block=block, key_valid=valid)
             key, value, mean_k, mean_v, count = moved
         else:
             mean_k, _, count = block_stats(key, block=block, key_valid=valid)
             mean_v = block_stats(value, block=block, key_valid=valid).mean
-        pooled = Pooled(mean_k, mean_v, _pooled_bias(plan, count, key_valid), plan.mask.bits)
-    elif plan.order is not None:
-        key, value = permute_tokens(key, plan.order), permute_tokens(value, plan.order)
+        bits = plan.mask.bits if plan.seen_bits is None else plan.seen_bits
+        pooled = Pooled(mean_k, mean_v, _pooled_bias(plan, count, key_valid), bits)
+    elif plan.key_order is not None:
+        key, value = permute_tokens(key, plan.key_order), permute_tokens(value, plan.key_order)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _run(plan, query, key, value, pooled, valid, factor, backend)
+    if plan.compensation is _DROP or type(plan.compensation).finish is Compensation.finish:
+        return out
+    return plan.compensation.finish(SparseCall(plan, query, key, value, valid, factor, pooled), out, lse)
+
+
+def _run(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pooled: Pooled | None,
+    valid: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One launch: output, and the log-sum-exp where the compensation needs it."""
+    needs_lse = plan.compensation.needs_lse
     options: dict[str, Any] = {
         "order": plan.order,
         "pooled": pooled,
         "windows": plan.windows,
         "key_valid": valid,
-        "return_lse": False,
+        "return_lse": needs_lse,
     }
+    if plan.gather is not None:
+        options["gathered"] = plan.gather.keys(key, value, valid)
     lists = plan.mask.lists()
     if backend is None or torch.compiler.is_compiling():
-        out = block_sparse_attention(query, key, value, lists, scale=scale, backend=backend, **options)
-        assert isinstance(out, Tensor)
-        return out
+        made = block_sparse_attention(query, key, value, lists, scale=scale, backend=backend, **options)
+        return made if isinstance(made, tuple) else (made, None)
     # The caller has chosen and tested the backend, and plans fit by construction: no check, no second operator.
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return run_backend(backend, query, key, value, lists, scale=factor, **options)[0]
+    out, lse = run_backend(backend, query, key, value, lists, scale=scale, **options)
+    return out, lse if needs_lse else None
+
+
+def _execute_parts(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, *, key_valid: Tensor | None, **options: Any
+) -> Tensor:
+    """One call for each batch element."""
+    out = torch.empty_like(query)
+    for i, part in enumerate(plan.parts):
+        one = slice(i, i + 1)
+        valid = None if key_valid is None else key_valid[one]
+        out[one] = execute(part, query[one], key[one], value[one], key_valid=valid, **options)
+    return out

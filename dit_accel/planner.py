@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_accel.choice import CHOICES
+from dit_accel.choice._registry import fixed_order, sampled_rows
+from dit_accel.compensate import make_compensation
+from dit_accel.content import CONTENT_ORDERS, ContentOrder
+from dit_accel.context import PlanContext, valid_in_block_order
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
 from dit_accel.order import extra_blocks, token_order
-from dit_accel.plan import Plan, valid_in_block_order
-from dit_accel.select import Forced, select
-from dit_accel.window_plan import window_plan
-from dit_accel_kernels import block_mass, block_stats, permute_tokens
-from dit_accel_kernels.types import TokenOrder
+from dit_accel.pattern import PATTERNS, PatternContext, make_pattern
+from dit_accel.pattern_plan import on_device, pattern_plan, with_forced
+from dit_accel.plan import Plan
+from dit_accel.score import Scores, block_scores
+from dit_accel.selection import Forced, select
+from dit_accel_kernels.lists import pack_bits
+from dit_accel_kernels.types import TokenOrder, TokenWindows
 
-__all__ = ["SAMPLED_ROWS", "Planner"]
-
-#: Most query blocks looked at when a head chooses its order; shorter sequences look at a sixteenth.
-SAMPLED_ROWS = 16
+__all__ = ["Planner", "fixed_order", "sampled_rows", "valid_in_block_order"]
 
 _MAX_GEOMETRIES = 8
 
@@ -30,15 +36,22 @@ class _Layout:
     """What depends on the geometry alone: order table and forced blocks, on one device."""
 
     def __init__(self, method: Method, geometry: TokenGeometry, device: torch.device) -> None:
-        self.names, self.table = _candidates(method.order, geometry, device)
-        identity = self.table is None
-        rows = extra_blocks(geometry, identity, method.block_q)
-        cols = extra_blocks(geometry, identity, method.block_k)
-        if method.static:  # PAROAttention forces the last block row and column
+        content = method.content_order is not None
+        self.names, self.table = (method.order, None) if content else _candidates(method.order, geometry, device)
+        self.moves_queries = self.moves_keys = self.table is not None
+        self.method, self.geometry, self.device = method, geometry, device
+        self.forced = self.forced_blocks(self.moves_queries, self.moves_keys)
+        self.pattern_plans: dict[tuple[float | None, int, int], Plan] = {}
+        self.pattern_levels: dict[tuple[float | None, int, int], tuple[Tensor, TokenWindows | None]] = {}
+
+    def forced_blocks(self, moved_queries: bool, moved_keys: bool) -> Forced:
+        """Blocks with extra tokens, for orders that move queries or keys or leave them."""
+        rows = extra_blocks(self.geometry, not moved_queries, self.method.block_q)
+        cols = extra_blocks(self.geometry, not moved_keys, self.method.block_k)
+        if self.method.static:  # PAROAttention forces the last block row and column
             rows, cols = rows.clone(), cols.clone()
             rows[-1] = cols[-1] = True
-        self.forced = Forced.of(rows, cols, device)
-        self.window_plans: dict[tuple[float, int], Plan] = {}
+        return Forced.of(rows, cols, self.device)
 
     def order(self, choice: Tensor) -> TokenOrder | None:
         """Orders of all heads, from the index of a candidate per head, integers ``[H]``."""
@@ -76,176 +89,198 @@ class Planner:
         self._layouts.move_to_end(key)
         return self._layouts[key]
 
-    def window_plan(self, geometry: TokenGeometry, device: torch.device, density: float, heads: int) -> Plan:
-        """The plan of a method whose mask follows from the geometry; one for all layers and heads.
+    def costs(self, geometry: TokenGeometry) -> tuple[float, float]:
+        """Work of a run's first plan and of each later one, in dense attentions; see :meth:`Method.plan_costs`."""
+        return self.method.plan_costs(geometry, len(self.layout(geometry, torch.device("cpu")).names))
+
+    def context(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        lse: Tensor | None,
+        geometry: TokenGeometry,
+        *,
+        density: float | None,
+        scale: float | None,
+        key_valid: Tensor | None = None,
+        order: TokenOrder | None = None,
+    ) -> PlanContext:
+        """A context for the slots, with ``order`` for queries and keys."""
+        return PlanContext(
+            method=self.method,
+            geometry=geometry,
+            query=query,
+            key=key,
+            value=value,
+            lse=lse,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            key_valid=key_valid,
+            density=density,
+            forced=self.layout(geometry, query.device).forced,
+            order=order,
+            key_order=order,
+        )
+
+    def pattern_plan(
+        self, geometry: TokenGeometry, device: torch.device, density: float | None, heads: int, layer: int = 0
+    ) -> Plan:
+        """The plan of a method whose mask follows from the geometry; one for all heads, and for all layers if it may be.
 
         Args:
             geometry: where the tokens sit.
             device: where the mask goes.
-            density: share of blocks to keep, where the method gives no window.
+            density: share of blocks to visit, where the method gives no parameters.
             heads: attention heads.
+            layer: index of the layer, for patterns that depend on it.
 
         Raises:
-            ValueError: if the window does not fit the grid.
+            ValueError: if the pattern does not fit the grid.
         """
         layout = self.layout(geometry, device)
-        known = layout.window_plans.get((density, heads))
-        if known is None:
-            layout.window_plans.clear()
-            known = window_plan(self.method, geometry, layout.names, layout.table, device, density, heads)
-            layout.window_plans[(density, heads)] = known
-        return known
+        place = layer if PATTERNS.trait(self.method.score, "by_layer", False) else 0
+        key = (density, heads, place)
+        if key not in layout.pattern_plans:
+            index = None if layout.table is None else layout.table[0].cpu()
+            ctx = PatternContext(self.method, geometry, index, density, heads, place)
+            layout.pattern_plans[key] = pattern_plan(ctx, layout.names, layout.table, layout.forced, device)
+        return layout.pattern_plans[key]
 
-    def costs(self, geometry: TokenGeometry) -> tuple[float, float]:
-        """Work of a run's first plan and of each later one, in dense attentions: the order is chosen once."""
-        mass = 0.5 if self.method.score == "mass" else 0.0
-        choice = 0.0
-        if self.method.order_choice != "fixed":
-            names = self.layout(geometry, torch.device("cpu")).names
-            rows = sampled_count(-(-geometry.tokens // self.method.block_q))
-            choice = 0.5 * len(names) * rows * self.method.block_q / geometry.tokens if len(names) > 1 else 0.0
-        return mass + choice, mass
-
-    def plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        lse: Tensor | None,
-        geometry: TokenGeometry,
-        *,
-        density: float,
-        scale: float | None,
-        key_valid: Tensor | None = None,
-        order: TokenOrder | None = None,
-    ) -> Plan:
-        """Make a plan from queries and keys ``[B, H, S, D]`` of one layer in natural order.
+    def plan(self, ctx: PlanContext) -> Plan:
+        """Make a plan from queries and keys of one layer.
 
         Args:
-            query: queries.
-            key: keys.
-            lse: float32 ``[B, H, S]`` log-sum-exp of this or an earlier step; only ``"mass"`` and a
-                choice of orders need it.
-            geometry: where the tokens sit.
-            density: share of blocks to keep.
-            scale: factor of the logits.
-            key_valid: bool ``[B, S]`` or ``None``.
-            order: order found earlier; ``None`` chooses.
+            ctx: what to plan from, see :meth:`context`; an ``order`` that is set is kept.
         """
+        if self.method.content_order is not None:
+            return self._plan_by_content(ctx)
+        layout = self.layout(ctx.geometry, ctx.query.device)
+        if ctx.order is None and layout.table is not None:
+            choice = CHOICES.create(self.method.order_choice, ctx, layout.table)
+            order = layout.order(choice)
+            ctx = dataclasses.replace(ctx, order=order, key_order=order)  # anew: what was cached was in natural order
+        if self.method.is_geometric:
+            return self._plan_by_pattern(ctx, layout)
+        return self._plan_by_scores(ctx, layout.names)
+
+    def _plan_by_content(self, ctx: PlanContext) -> Plan:
+        """One plan for each batch element, since their tokens are ordered differently."""
+        layout = self.layout(ctx.geometry, ctx.query.device)
+        spec = self.method.content_order
+        assert spec is not None
+        parts = []
+        for i in range(ctx.query.shape[0]):
+            one = slice(i, i + 1)
+            cut: dict[str, Any] = {
+                name: _cut(getattr(ctx, name), one)
+                for name in ("query", "key", "value", "lse", "key_valid", "dense_out")
+            }
+            memory = ctx.memory.setdefault(f"batch {i}", {})
+            part = dataclasses.replace(ctx, **cut, memory=memory, cost=0.0)
+            found: ContentOrder = CONTENT_ORDERS.create(spec, part)
+            forced = layout.forced_blocks(found.query is not None, found.key is not None)
+            part = dataclasses.replace(part, order=found.query, key_order=found.key, forced=forced)
+            parts.append(self._plan_by_scores(part, (spec,)))
+            ctx.spend(parts[-1].cost / ctx.query.shape[0])
+        return dataclasses.replace(
+            parts[0],
+            density=torch.cat([p.density.expand(1, -1) for p in parts]),
+            cost=ctx.cost,
+            finite=_all_finite(parts),
+            recall=None,
+            parts=tuple(parts),
+        )
+
+    def _plan_by_scores(self, ctx: PlanContext, names: tuple[str, ...]) -> Plan:
         method = self.method
-        layout = self.layout(geometry, query.device)
-        cost = 0.0
-        if order is None and layout.table is not None:
-            if layout.table.shape[0] == 1:
-                order = fixed_order(layout.table, query.shape[1])
-            else:
-                recalls, cost = self.order_recall(query, key, lse, geometry, density, scale, key_valid)
-                order = layout.order(recalls.argmax(0))
-        scores, score_cost = self.scores(query, key, lse, order, scale, key_valid)
-        levels, capacity = select(method.select, scores, density, layout.forced)
+        scores = block_scores(ctx)
+        levels, capacity = select(method.select, scores.values, ctx.density, ctx.forced, insist=scores.insist)
+        plan = self._complete(ctx, names, levels, scores, capacity)
+        make_compensation(method.compensate).settle(ctx, plan)
+        plan.cost = ctx.cost
+        return plan
+
+    def _complete(
+        self, ctx: PlanContext, names: tuple[str, ...], levels: Tensor, scores: Scores, capacity: int | None
+    ) -> Plan:
+        method, compensation = self.method, make_compensation(self.method.compensate)
+        gather = scores.gather
+        if method.has_levels:
+            from dit_accel.pyramid import pyramid_gather
+
+            assert gather is None, "levels and a score that gathers keys cannot go together"
+            gather = pyramid_gather(levels, method.block_k)
+        exact = (levels == 1).to(torch.uint8)
         mask = BlockMask.from_levels(
-            levels, query.shape[2], key.shape[2], method.block_q, method.block_k, capacity=capacity
+            exact, ctx.query.shape[2], ctx.key.shape[2], method.block_q, method.block_k, capacity=capacity
         )
         return Plan(
             mask=mask,
-            order=order,
-            order_names=layout.names,
+            # A block that enters at a level of the pyramid must not enter as its mean besides.
+            seen_bits=pack_bits((levels > 0).to(torch.uint8)) if method.has_levels else None,
+            order=ctx.order,
+            key_order=ctx.key_order,
+            order_names=names,
             windows=None,
-            compensate=method.compensate == "mean",
+            compensation=compensation,
             density=mask.density(),
-            cost=cost + score_cost,
-            finite=torch.isfinite(scores).all(),
-            recall=(scores * levels).sum(-1).mean(-1) if method.score == "mass" else None,
+            cost=ctx.cost,
+            gather=gather,
+            state=compensation.prepare(ctx, levels),
+            extra_work=compensation.work(ctx),
+            finite=torch.isfinite(scores.values).all(),
+            recall=(scores.values * exact).sum(-1).mean(-1) if scores.is_mass else None,
         )
 
-    def scores(
-        self,
-        query: Tensor,
-        key: Tensor,
-        lse: Tensor | None,
-        order: TokenOrder | None,
-        scale: float | None,
-        key_valid: Tensor | None,
-    ) -> tuple[Tensor, float]:
-        """Block scores ``[B, H, Qb, Kb]`` and their cost in dense attentions."""
-        method = self.method
-        keys = key if order is None else permute_tokens(key, order)
-        valid = valid_in_block_order(key_valid, order)
-        if method.score == "mass":
-            if lse is None:
-                raise ValueError("block mass needs the log-sum-exp of a dense step, got None")
-            mass = block_mass(
-                query,
-                keys,
-                lse,
-                block_q=method.block_q,
-                block_k=method.block_k,
-                scale=scale,
-                order=order,
-                key_valid=valid,
+    def _plan_by_pattern(self, ctx: PlanContext, layout: _Layout) -> Plan:
+        """A pattern whose order each head has chosen: its mask under each candidate, picked by head."""
+        heads = ctx.query.shape[1]
+        place = ctx.layer if PATTERNS.trait(self.method.score, "by_layer", False) else 0
+        key = (ctx.density, heads, place)
+        if key not in layout.pattern_levels:
+            layout.pattern_levels[key] = self._pattern_levels(ctx, layout, place)
+        levels, windows = layout.pattern_levels[key]
+        if ctx.order is not None:
+            levels = levels[0, ctx.order.head.long()][None]
+        mask = BlockMask.from_levels(
+            levels,
+            ctx.query.shape[2],
+            ctx.key.shape[2],
+            self.method.block_q,
+            self.method.block_k,
+            partial=windows is not None,
+        )
+        return Plan(
+            mask=mask,
+            order=ctx.order,
+            key_order=ctx.key_order,
+            order_names=layout.names,
+            windows=windows,
+            compensation=make_compensation(self.method.compensate),
+            density=mask.density(),
+            cost=ctx.cost,
+        )
+
+    def _pattern_levels(self, ctx: PlanContext, layout: _Layout, place: int) -> tuple[Tensor, TokenWindows | None]:
+        """Levels ``[1, N, Qb, Kb]`` of the pattern under each candidate order, on the device."""
+        heads, device = ctx.query.shape[1], ctx.query.device
+        tables = [None] if layout.table is None else list(layout.table.cpu())
+        made = [
+            make_pattern(PatternContext(self.method, ctx.geometry, index, ctx.density, heads, place))
+            for index in tables
+        ]
+        if len(made) > 1 and any(m.windows is not None for m in made):
+            raise ValueError(
+                f"pattern {self.method.score!r} has token windows, which cannot differ by head; give one order"
             )
-            return mass, 0.5
-        queries = query if order is None else permute_tokens(query, order)
-        mean_q = block_stats(queries, block=method.block_q).mean.float()
-        mean_k, _, count = block_stats(keys, block=method.block_k, key_valid=valid)
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        logits = torch.einsum("bhqd,bhkd->bhqk", mean_q * factor, mean_k.float())
-        logits = logits + count.to(torch.float32).log()[:, None, None]
-        return logits.softmax(-1), 0.5 / (method.block_q * method.block_k)
-
-    def order_recall(
-        self,
-        query: Tensor,
-        key: Tensor,
-        lse: Tensor | None,
-        geometry: TokenGeometry,
-        density: float,
-        scale: float | None,
-        key_valid: Tensor | None,
-    ) -> tuple[Tensor, float]:
-        """Softmax mass that the best blocks of sampled rows would keep under each candidate order.
-
-        Returns:
-            float32 ``[N, H]`` recall, averaged over the batch, and the cost in dense attentions.
-        """
-        method = self.method
-        if lse is None:
-            raise ValueError("a choice of orders needs the log-sum-exp of a dense step, got None")
-        table = self.layout(geometry, query.device).table
-        assert table is not None
-        rows = sampled_rows(-(-query.shape[2] // method.block_q), query.device)
-        recalls = []
-        for candidate in range(table.shape[0]):
-            order = fixed_order(table[candidate : candidate + 1], query.shape[1])
-            mass = block_mass(
-                query,
-                permute_tokens(key, order),
-                lse,
-                block_q=method.block_q,
-                block_k=method.block_k,
-                scale=scale,
-                rows=rows,
-                order=order,
-                key_valid=valid_in_block_order(key_valid, order),
-            )
-            mass = torch.nan_to_num(mass, nan=0.0, posinf=0.0, neginf=0.0)
-            kept = mass.topk(max(round(density * mass.shape[-1]), 1), dim=-1).values
-            recalls.append(kept.sum(-1).mean((0, 2)))
-        cost = 0.5 * table.shape[0] * rows.shape[0] * method.block_q / query.shape[2]
-        return torch.stack(recalls), cost
+        levels = torch.cat([with_forced(m.levels[:, :1], layout.forced) for m in made], 1)
+        return levels.to(device), on_device(made[0].windows, device)
 
 
-def fixed_order(table: Tensor, heads: int) -> TokenOrder:
-    """The order in which every head uses the one row of ``table``."""
-    return TokenOrder(table, torch.zeros(heads, dtype=torch.int32, device=table.device))
+def _cut(x: Tensor | None, one: slice) -> Tensor | None:
+    return None if x is None else x[one]
 
 
-def sampled_count(blocks: int) -> int:
-    """How many of ``blocks`` query blocks are looked at when a head chooses its order."""
-    return min(SAMPLED_ROWS, max(4, blocks // 16), blocks)
-
-
-def sampled_rows(blocks: int, device: torch.device) -> Tensor:
-    """Evenly spread query blocks, int32 ``[sampled_count(blocks)]``."""
-    count = sampled_count(blocks)
-    centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * blocks / count
-    return centres.to(torch.int32)
+def _all_finite(parts: Sequence[Plan]) -> Tensor | None:
+    flags = [p.finite for p in parts if p.finite is not None]
+    return torch.stack(flags).all() if flags else None

@@ -53,7 +53,7 @@ class Policy:
         """The step at which attention is dense again, ``steps`` if it never is."""
         return min(math.ceil(self.method.end * steps - _EPS), steps)
 
-    def density(self, step: StepInfo) -> float:
+    def density(self, step: StepInfo) -> float | None:
         """Density of a plan made at ``step``: a falling one takes equal steps from plan to plan."""
         if step.step is None or not step.steps:
             span = max(self.method.end - self.method.warmup, _EPS)
@@ -73,7 +73,7 @@ class Policy:
     @property
     def needs_lse(self) -> bool:
         """Whether plans are made from the log-sum-exp of a dense step."""
-        return self.method.score == "mass" or self.method.order_choice != "fixed"
+        return self.method.needs_lse
 
     def warming(self, step: StepInfo) -> bool:
         """Whether the call is dense because the run has just begun.
@@ -95,9 +95,32 @@ class Policy:
 
     def refreshes(self, step: StepInfo, planned_at: int | None) -> bool:
         """Whether an existing plan, made at step ``planned_at``, is made again on this call."""
-        if step.step is None or not step.steps or planned_at is None:
+        if step.step is None or planned_at is None:
             return False
-        return any(planned_at < s <= step.step for s in self.refresh_steps(step.steps))
+        every = self.method.reuse_rules.every
+        if every and step.step >= planned_at + every:
+            return True
+        return bool(step.steps) and any(planned_at < s <= step.step for s in self.refresh_steps(step.steps or 0))
+
+    def dense_turn(self, step: StepInfo) -> bool:
+        """Whether this is one of the dense steps that ``dense_every`` puts between sparse ones."""
+        every = self.method.dense_every
+        if not every or step.step is None or not step.steps:
+            return False
+        after = step.step - self.warmup_steps(step.steps)
+        return after >= 0 and (after + 1) % every == 0
+
+    def dense_turns(self, steps: int) -> int:
+        """Number of steps that ``dense_every`` makes dense."""
+        every = self.method.dense_every
+        return max(self.sparse_end(steps) - self.warmup_steps(steps), 0) // every if every else 0
+
+    def plan_times(self, steps: int) -> int:
+        """Times that a plan is made again in a run of ``steps``, similarity aside."""
+        fixed = len(self.refresh_steps(steps))
+        every = self.method.reuse_rules.every
+        span = max(self.sparse_end(steps) - self.warmup_steps(steps), 0)
+        return max(fixed, span // every) if every else fixed
 
     def too_late(self, step: StepInfo) -> bool:
         """Whether too few sparse steps follow for a plan from exact mass to pay for itself."""
@@ -109,6 +132,8 @@ class Policy:
         """Why a call with :attr:`Action.DENSE` is dense."""
         if self.dense_tail(step):
             return "end"
+        if self.dense_turn(step):
+            return "dense turn"
         warm = step.step is None or not step.steps or step.step < self.warmup_steps(step.steps)
         return "warm-up" if warm else "too few steps are left for a plan to pay"
 
@@ -116,7 +141,9 @@ class Policy:
         """What to do, for a layer and branch that has a plan or not."""
         if self.dense_tail(step) or self.warming(step):
             return Action.DENSE
-        if self.method.score == "window":
+        if self.dense_turn(step):
+            return Action.DENSE
+        if not self.method.plans_from_data:
             return Action.SPARSE
         if not planned:
             if self.too_late(step):
@@ -145,7 +172,8 @@ class Policy:
             ValueError: if what is dense and planned costs more.
         """
         first, end = self.warmup_steps(steps), self.sparse_end(steps)
-        dense, sparse = steps - max(end - first, 0), max(end - first, 0)
+        sparse = max(end - first, 0) - self.dense_turns(steps)
+        dense = steps - sparse
         density = (run_density * steps - dense - planning) / max(sparse, 1) - overhead
         if not sparse or density <= 0:
             raise ValueError(

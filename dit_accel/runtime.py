@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel.adapter import DenseFn, StepInfo
+from dit_accel.compensate import make_compensation
+from dit_accel.context import PlanContext
 from dit_accel.geometry import TokenGeometry
 from dit_accel.ledger import SCHEDULED, Ledger, RunStatus
 from dit_accel.logging import get_logger, warn_once
 from dit_accel.mask import ListCache
 from dit_accel.method import Method
+from dit_accel.pattern import PATTERNS
 from dit_accel.plan import Plan, execute
 from dit_accel.planner import Planner
 from dit_accel.policy import Action, Policy
 from dit_accel.static_plan import Recorder, StaticPlan
 from dit_accel_kernels import attention_lse, choose_backend, dense_attention
 from dit_accel_kernels.backends import require_backend
-from dit_accel_kernels.types import TokenOrder
 
 __all__ = ["ModelRun"]
 
@@ -39,6 +41,7 @@ class _LayerState:
     plan: Plan | None = None
     planned_at: int | None = None
     branch: str = ""
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def forget_if_again(self, step: int | None, branch: str) -> None:
         """Drop a plan whose step comes again: the run that made it was interrupted."""
@@ -46,6 +49,7 @@ class _LayerState:
             return
         if step < self.planned_at or (step == self.planned_at and branch == self.branch):
             self.plan, self.planned_at = None, None
+            self.memory.clear()
 
 
 class ModelRun:
@@ -176,7 +180,11 @@ class ModelRun:
             self._count_dense(layer, self.policy.dense_reason(self._step))
             return dense(query, key, value)
         backend = self.ledger.backend
-        self._lists.touch(plan.mask)
+        for part in plan.parts or (plan,):
+            self._lists.touch(part.mask)
+        factor = self.method.logit_factor(q.shape[2])
+        if factor != 1.0:
+            scale = factor * (q.shape[-1] ** -0.5 if scale is None else scale)
         out = execute(plan, q, k, v, scale=scale, key_valid=key_valid, backend=backend)
         return out.transpose(1, 2)
 
@@ -194,11 +202,18 @@ class ModelRun:
             return reason
         if tokens < self.min_tokens:
             return f"{tokens} tokens are fewer than min_tokens={self.min_tokens}"
-        if self._geometry.grid is None and (self.method.score == "window" or self.method.order != ("raster",)):
+        if self._geometry.grid is None and self._needs_grid:
             return f"method {self.method.name!r} needs a grid, the geometry is {self._geometry}"
         if query.requires_grad and torch.is_grad_enabled():
             return "gradients are needed, sparse attention is for inference"
         return self._why_no_static(layer, query.shape[2]) or self._why_no_backend(query)
+
+    @property
+    def _needs_grid(self) -> bool:
+        """Whether the method cannot do without frames, height and width."""
+        if self.method.is_geometric and PATTERNS.trait(self.method.score, "needs_grid", True):
+            return True
+        return self.method.order != ("raster",) and self.method.content_order is None
 
     def _why_no_static(self, layer: int, heads: int) -> str | None:
         if not self.method.static or self.recorder is not None:
@@ -232,11 +247,11 @@ class ModelRun:
         action = self.policy.action(self._step, known is not None, state.planned_at)
         if action is Action.DENSE:
             return None, None
-        if self.method.score == "window":
+        if not self.method.plans_from_data:
             if known is None:
                 with self.ledger.timer.measure(q.device):
                     density = self._density(geometry)
-                    known = state.plan = self.planner.window_plan(geometry, q.device, density, q.shape[1])
+                    known = state.plan = self.planner.pattern_plan(geometry, q.device, density, q.shape[1], layer)
             self._count_sparse(known, layer, reused=True)
             return known, None
         if action is Action.SPARSE:
@@ -250,8 +265,12 @@ class ModelRun:
         with self.ledger.timer.measure(q.device):
             if lse is None and self.policy.needs_lse:
                 lse, extra = attention_lse(q, k, scale=scale, key_valid=key_valid), 0.5
-            order = known.order if known is not None else None
-            plan = self._make_plan(q, k, lse, layer, geometry, scale, key_valid, order)
+            order = known.order if known is not None and not known.parts else None
+            ctx = self.planner.context(
+                q, k, v, lse, geometry, density=self._density(geometry), scale=scale, key_valid=key_valid, order=order
+            )
+            ctx.layer, ctx.step, ctx.memory, ctx.dense_out = layer, self._step, state.memory, out
+            plan = self._make_plan(ctx)
         state.plan, state.planned_at, state.branch = plan, self._step.step, self._step.branch
         self.ledger.count_plan(self._step.step, layer, plan.cost + extra)
         if plan.finite is not None:
@@ -260,27 +279,16 @@ class ModelRun:
             self._count_sparse(plan, layer, reused=False)
         return plan, out
 
-    def _make_plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor | None,
-        layer: int,
-        geometry: TokenGeometry,
-        scale: float | None,
-        key_valid: Tensor | None,
-        order: TokenOrder | None,
-    ) -> Plan:
-        density = self._density(geometry)
-        plan = self.planner.plan(q, k, lse, geometry, density=density, scale=scale, key_valid=key_valid, order=order)
+    def _make_plan(self, ctx: PlanContext) -> Plan:
+        plan = self.planner.plan(ctx)
         if self._will_refresh():
-            plan.lse = lse
-        if plan.order is not None:
-            self.ledger.orders[layer] = (plan.order_names, plan.order.head)
+            plan.lse = ctx.lse
+        if plan.order is not None and not plan.parts:
+            self.ledger.orders[ctx.layer] = (plan.order_names, plan.order.head)
         return plan
 
-    def _density(self, geometry: TokenGeometry) -> float:
-        """Share of blocks to keep on sparse steps.
+    def _density(self, geometry: TokenGeometry) -> float | None:
+        """Share of the map to compute on sparse steps, ``None`` where the method's own parameters decide.
 
         Raises:
             ValueError: if ``run_density`` was asked for and cannot be reached, or the steps of the run are unknown.
@@ -295,11 +303,11 @@ class ModelRun:
         count, kept_dense = max(len(self.layers), 1), len(self._dense_layers)
         target = (self.run_density * count - kept_dense) / max(count - kept_dense, 1)
         planning, pooled = 0.0, 0.0
-        if self.policy.needs_lse:
+        if self.method.plans_from_data:
             first, again = self.planner.costs(geometry)
-            planning = first + again * len(self.policy.refresh_steps(steps))
-            planning += 0.0 if self.policy.plans_densely(self._step) else 0.5
-        if self.method.compensate == "mean":
+            planning = first + again * self.policy.plan_times(steps)
+            planning += 0.5 if self.policy.needs_lse and not self.policy.plans_densely(self._step) else 0.0
+        if make_compensation(self.method.compensate).pooled:
             pooled = 1 / self.method.block_k
         return self.policy.sparse_density(target, steps, pooled, planning)
 
@@ -307,6 +315,9 @@ class ModelRun:
         step = self._step
         if step.step is None or not step.steps or not self.policy.needs_lse:
             return False
+        rules = self.method.reuse_rules
+        if rules.every or rules.similar:
+            return True
         return any(s > step.step for s in self.policy.refresh_steps(step.steps))
 
     def _why_no_backend(self, query: Tensor) -> str | None:
@@ -343,4 +354,5 @@ class ModelRun:
             warn_once(_logger, (self.model, reason), f"{self.model} stays dense: {reason}")
 
     def _count_sparse(self, plan: Plan, layer: int, *, reused: bool) -> None:
-        self.ledger.count_sparse(self._step.step, layer, plan.density, plan.pooled_density, reused=reused)
+        extra = plan.pooled_density + plan.gathered_density
+        self.ledger.count_sparse(self._step.step, layer, plan.density, extra, reused=reused)

@@ -15,13 +15,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dit_accel.adapter import StepInfo
+from dit_accel.choice import CHOICES
+from dit_accel.compensate import make_compensation
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
-from dit_accel.paro import paro_scores
 from dit_accel.plan import Plan
-from dit_accel.planner import Planner, sampled_rows
-from dit_accel.select import select
+from dit_accel.planner import Planner
+from dit_accel.score import block_scores
+from dit_accel.selection import select
 from dit_accel_kernels.lists import unpack_bits
 
 if TYPE_CHECKING:
@@ -96,12 +98,14 @@ class StaticPlan:
             visited = int(unpack_bits(kept, -(-tokens // self.method.block_k)).sum())  # on the CPU, once a step
             bits = kept.to(device, non_blocking=True)
             mask = BlockMask(bits, None, tokens, tokens, self.method.block_q, self.method.block_k, visited)
+            order = layout.order(self.head_choice[layer].to(device, non_blocking=True))
             self._plans[layer] = Plan(
                 mask=mask,
-                order=layout.order(self.head_choice[layer].to(device, non_blocking=True)),
+                order=order,
+                key_order=order,
                 order_names=layout.names,
                 windows=None,
-                compensate=self.method.compensate == "mean",
+                compensation=make_compensation(self.method.compensate),
                 density=mask.density(),
                 cost=0.0,
             )
@@ -212,35 +216,26 @@ class Recorder:
             raise ValueError(f"calibration runs must share one geometry: {self._geometry}, {geometry}")
         self._geometry, self._steps = geometry, step.steps
         layout = run.planner.layout(geometry, q.device)
+        choice = self._choice.get(layer) if self.phase == "mask" else None
+        ctx = run.planner.context(
+            q,
+            k,
+            None,
+            lse,
+            geometry,
+            density=self.method.density_at(0.0),
+            scale=scale,
+            key_valid=key_valid,
+            order=None if choice is None else layout.order(choice.to(q.device)),
+        )
         if self.phase == "order":
-            if layout.table is not None:
-                scores = self._scores_of_orders(run, q, k, lse, geometry, scale, key_valid)
-                _add(self._order_scores, layer, scores.cpu())
+            score = CHOICES.trait(self.method.order_choice, "scores")
+            if layout.table is not None and score is not None:
+                _add(self._order_scores, layer, score(ctx, layout.table).cpu())
             return
-        choice = self._choice.get(layer)
-        order = None if choice is None else layout.order(choice.to(q.device))
-        mass = run.planner.scores(q, k, lse, order, scale, key_valid)[0].mean(0).cpu()
+        mass = block_scores(ctx).values.mean(0).cpu()
         own = int(self.method.static_share * step.steps)
         _add(self._mass, (min(step.step, own), layer), mass)
-
-    def _scores_of_orders(
-        self,
-        run: ModelRun,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor,
-        geometry: TokenGeometry,
-        scale: float | None,
-        key_valid: Tensor | None,
-    ) -> Tensor:
-        method = self.method
-        if method.order_choice == "recall":
-            density = method.density_at(0.0)
-            return run.planner.order_recall(q, k, lse, geometry, density, scale, key_valid)[0]
-        table = run.planner.layout(geometry, q.device).table
-        assert table is not None
-        rows = sampled_rows(-(-q.shape[2] // method.block_q), q.device)
-        return paro_scores(q, k, lse, table, rows, block_q=method.block_q, block_k=method.block_k, scale=scale)
 
     def finish(self, run: ModelRun) -> StaticPlan:
         """Make the plan.

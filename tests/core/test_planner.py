@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel.choice.paro import paro_scores
+from dit_accel.choice.recall import order_recall
 from dit_accel.geometry import TokenGeometry
 from dit_accel.order import AXIS_ORDERS, order_index
-from dit_accel.paro import paro_scores
 from dit_accel.plan import Plan, execute
 from dit_accel.planner import Planner
 from dit_accel.presets import get_method
+from dit_accel.score import block_scores
 from dit_accel_kernels import dense_attention
 
 CPU = torch.device("cpu")
@@ -30,10 +32,10 @@ def _qkv(tokens: int, seed: int = 0, heads: int = 2, batch: int = 1, dim: int = 
 def _plan(name: str, q: Tensor, k: Tensor, v: Tensor, geometry: TokenGeometry, **changes: object) -> Plan:
     method = get_method(name).replace(**changes) if changes else get_method(name)
     planner = Planner(method)
-    if method.score == "window":
-        return planner.window_plan(geometry, CPU, method.density_at(0), q.shape[1])
+    if not method.plans_from_data:
+        return planner.pattern_plan(geometry, CPU, method.density_at(0), q.shape[1])
     _, lse = dense_attention(q, k, v, scale=None, key_valid=None)
-    return planner.plan(q, k, lse, geometry, density=method.density_at(0), scale=None)
+    return planner.plan(planner.context(q, k, v, lse, geometry, density=method.density_at(0), scale=None))
 
 
 def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,7 +70,9 @@ def test_planted_axis_orders_are_found() -> None:
     method = get_method("paro").replace(density=0.05)
     planner = Planner(method)
     _, lse = dense_attention(q, k, k, scale=None, key_valid=None)
-    recall, _ = planner.order_recall(q, k, lse, CUBE, 0.05, None, None)
+    table = planner.layout(CUBE, CPU).table
+    assert table is not None
+    recall = order_recall(planner.context(q, k, k, lse, CUBE, density=0.05, scale=None), table)
     assert [method.order[i] for i in recall.argmax(0).tolist()] == list(AXIS_ORDERS)
 
 
@@ -104,14 +108,15 @@ def test_mass_scores_equal_the_softmax_map() -> None:
     q, k, v = _qkv(GRID.tokens)
     planner = Planner(get_method("adaspa"))
     _, lse = dense_attention(q, k, v, scale=None, key_valid=None)
-    mass, cost = planner.scores(q, k, lse, None, None, None)
+    ctx = planner.context(q, k, v, lse, GRID, density=0.2, scale=None)
+    mass = block_scores(ctx).values
     probs = (q @ k.mT / 8).softmax(-1)
     blocks = -(-GRID.tokens // 64)
     for i in range(blocks):
         for j in range(blocks):
             block = probs[:, :, i * 64 : (i + 1) * 64, j * 64 : (j + 1) * 64]
             torch.testing.assert_close(mass[:, :, i, j], block.sum(-1).mean(-1), atol=1e-5, rtol=1e-4)
-    assert cost == 0.5
+    assert ctx.cost == 0.5
 
 
 def test_text_stays_exact_as_query_and_as_key() -> None:
@@ -168,7 +173,7 @@ def test_window_density_counts_visited_blocks() -> None:
 def test_windows_need_a_grid() -> None:
     q, _, _ = _qkv(300)
     with pytest.raises(ValueError, match="needs a grid"):
-        Planner(get_method("na")).window_plan(TokenGeometry.flat(300), q.device, 0.3, 2)
+        Planner(get_method("na")).pattern_plan(TokenGeometry.flat(300), q.device, 0.3, 2)
 
 
 def test_images_drop_equal_axis_orders() -> None:

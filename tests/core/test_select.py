@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit_accel.select import EASY_RECALL, SELECTIONS, Forced, adaptive_counts, select
+from dit_accel.selection import SELECTIONS, Forced, level_share, select
+from dit_accel.selection.top_k import EASY_RECALL, adaptive_counts
+
+#: Rules of one level; those of a pyramid have tests of their own.
+BLOCK_RULES = sorted(name for name in SELECTIONS.names() if not SELECTIONS.trait(name, "levels", False))
 
 
 def _scores(seed: int, shape: tuple[int, ...] = (2, 3, 7, 9)) -> Tensor:
@@ -26,7 +30,7 @@ def _forced(rows: int, cols: int, *, row: int | None = None, col: int | None = N
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rule=st.sampled_from(sorted(SELECTIONS)),
+    rule=st.sampled_from(BLOCK_RULES),
     seed=st.integers(0, 999),
     density=st.floats(0.02, 1.0),
     row=st.one_of(st.none(), st.integers(0, 6)),
@@ -58,7 +62,7 @@ def test_top_k_keeps_the_best_of_each_row() -> None:
 
 def test_top_p_keeps_the_smallest_prefix_that_reaches_the_mass() -> None:
     scores = _scores(2)
-    levels, _ = select("top_p", scores, 0.7, _forced(7, 9))
+    levels, _ = select("top_p:0.7", scores, None, _forced(7, 9))
     for row_scores, row_levels in zip(scores.flatten(0, 2), levels.flatten(0, 2), strict=True):
         ranked = row_scores.sort(descending=True).values
         wanted = next(n for n in range(1, 10) if ranked[:n].sum() >= 0.7 * row_scores.sum() - 1e-7)
@@ -78,7 +82,7 @@ def test_top_k_head_spends_one_budget_over_the_head() -> None:
 
 def test_threshold_keeps_what_reaches_it() -> None:
     scores = _scores(4)
-    levels, _ = select("threshold", scores, 0.15, _forced(7, 9))
+    levels, _ = select("threshold:0.15", scores, None, _forced(7, 9))
     assert (levels[scores >= 0.15] == 1).all()
     kept_below = (levels == 1) & (scores < 0.15)
     assert (kept_below.sum(-1) <= 1).all()
@@ -107,7 +111,7 @@ def test_adaspa_budgets_when_most_heads_are_easy() -> None:
     assert EASY_RECALL == 0.8
 
 
-@pytest.mark.parametrize("rule", sorted(SELECTIONS))
+@pytest.mark.parametrize("rule", BLOCK_RULES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_not_finite_count_as_least(rule: str, bad: float) -> None:
     scores = _scores(5)
@@ -116,3 +120,36 @@ def test_scores_that_are_not_finite_count_as_least(rule: str, bad: float) -> Non
     assert (levels.sum(-1) >= 1).all()
     if rule not in ("all",):
         assert levels[0, 0, 2, 3] == 0
+
+
+@pytest.mark.parametrize("rule", ["top_p", "threshold"])
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.8])
+def test_a_density_is_met_by_rules_with_a_strength_of_their_own(rule: str, density: float) -> None:
+    scores = _scores(6, (1, 4, 40, 50))
+    levels, _ = select(rule, scores, density, _forced(40, 50))
+    share = float(level_share(levels))
+    assert density - 0.02 < share <= density
+
+
+def test_a_rule_needs_a_density_or_a_strength() -> None:
+    with pytest.raises(ValueError, match=r"'top_p' needs a density, or a strength of its own such as 'top_p:0.9'"):
+        select("top_p", _scores(0), None, _forced(7, 9))
+
+
+def test_insisted_blocks_are_exact() -> None:
+    insist = torch.zeros(1, 1, 7, 9, dtype=torch.bool)
+    insist[..., 2, 5] = True
+    levels, capacity = select("top_k", _scores(1), 1 / 9, _forced(7, 9), insist=insist)
+    assert (levels[..., 2, 5] == 1).all()
+    assert capacity is None
+
+
+def test_one_budget_over_the_heads_of_a_layer() -> None:
+    scores = _scores(7)
+    levels, capacity = select("top_k_layer", scores, 0.2, _forced(7, 9))
+    budget = round(0.2 * 3 * 63)
+    assert capacity is not None
+    for mine, kept in zip(scores, levels, strict=True):
+        least = mine.flatten().topk(budget).values.min()
+        assert bool((kept[mine >= least] == 1).all())
+        assert int(kept.sum()) <= capacity // 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.choice._registry import CHOICES, sampled_rows
+from dit_accel.context import PlanContext
 from dit_accel_kernels import permute_tokens
 from dit_accel_kernels.types import TokenOrder
 
@@ -89,3 +91,22 @@ def _block_metrics(
     empty = (blocks < EPSILON).float().mean((2, 4)) >= SIGMA
     peak = blocks.amax((2, 4)) / blocks.mean((2, 4)).clamp(min=1e-20)
     return empty.float().mean((0, 2)), peak.mean((0, 2))
+
+
+def _scores(ctx: PlanContext, table: Tensor) -> Tensor:
+    """Minus the metric of each candidate and head, float32 ``[N, H]``."""
+    if ctx.lse is None:
+        raise ValueError("PAROAttention's metric needs the log-sum-exp of a dense step, got None")
+    rows = sampled_rows(ctx.q_blocks, ctx.query.device)
+    block_q, block_k = ctx.block_q, ctx.block_k
+    return paro_scores(ctx.query, ctx.key, ctx.lse, table, rows, block_q=block_q, block_k=block_k, scale=ctx.scale)
+
+
+@CHOICES.register("paro", paper="arXiv 2506.16054", needs_lse=True, static=True, scores=_scores)
+def paro(ctx: PlanContext, table: Tensor) -> Tensor:
+    """The candidate with the best of PAROAttention's metric, for plans made offline.
+
+    Raises:
+        ValueError: without a log-sum-exp.
+    """
+    return _scores(ctx, table).argmax(0)

@@ -1,0 +1,37 @@
+"""The registry of choices, and the rows that they look at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel._specs import Registry
+from dit_accel_kernels.types import TokenOrder
+
+__all__ = ["CHOICES", "SAMPLED_ROWS", "fixed_order", "sampled_count", "sampled_rows"]
+
+CHOICES: Registry[Tensor] = Registry("order_choice")
+"""Rules ``(ctx, table, *values) -> int64 [H]`` with ``table`` int32 ``[N, S]``, the candidate orders.
+
+Traits: ``scores``: ``(ctx, table) -> float32 [N, H]``, which calibration sums over runs; ``needs_lse`` (bool); ``static``
+(bool), for calibrated methods only; ``cost``: ``(method, geometry, candidates) -> float``, work in dense attentions."""
+
+#: Most query blocks looked at when a head chooses its order; shorter sequences look at a sixteenth.
+SAMPLED_ROWS = 16
+
+
+def fixed_order(table: Tensor, heads: int) -> TokenOrder:
+    """The order in which every head uses the one row of ``table``."""
+    return TokenOrder(table, torch.zeros(heads, dtype=torch.int32, device=table.device))
+
+
+def sampled_count(blocks: int) -> int:
+    """How many of ``blocks`` query blocks are looked at when a head chooses its order."""
+    return min(SAMPLED_ROWS, max(4, blocks // 16), blocks)
+
+
+def sampled_rows(blocks: int, device: torch.device) -> Tensor:
+    """Evenly spread query blocks, int32 ``[sampled_count(blocks)]``."""
+    count = sampled_count(blocks)
+    centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * blocks / count
+    return centres.to(torch.int32)

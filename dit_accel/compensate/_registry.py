@@ -1,0 +1,77 @@
+"""The registry of compensations, and what one does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dit_accel._specs import Registry
+from dit_accel_kernels.types import Pooled
+
+if TYPE_CHECKING:
+    from dit_accel.context import PlanContext
+    from dit_accel.plan import Plan
+
+__all__ = ["COMPENSATIONS", "Compensation", "SparseCall", "make_compensation"]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCall:
+    """One sparse attention call, as a compensation sees it.
+
+    Attributes:
+        plan: what is computed.
+        query: ``[B, H, S, D]`` in natural order.
+        key: ``[B, H, S, D]`` in block order.
+        value: like ``key``.
+        key_valid: bool ``[B, S]`` in block order, or ``None``.
+        scale: factor of the logits.
+        pooled: the pooled remainder that the kernel took in, or ``None``.
+    """
+
+    plan: Plan
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_valid: Tensor | None
+    scale: float
+    pooled: Pooled | None
+
+
+class Compensation:
+    """Base of all compensations; this one drops what is skipped.
+
+    Attributes:
+        pooled: whether each skipped block enters the softmax as one key, its mean, with ``+log(count)``.
+        needs_lse: whether :meth:`finish` needs the log-sum-exp of the sparse call.
+    """
+
+    pooled: bool = False
+    needs_lse: bool = False
+
+    def prepare(self, ctx: PlanContext, levels: Tensor) -> Any:
+        """What to keep in the plan; called once when it is made, with levels uint8 ``[B, H, Qb, Kb]``."""
+        return None
+
+    def settle(self, ctx: PlanContext, plan: Plan) -> None:
+        """Called when ``plan`` is complete, for what needs the sparse output; may set ``plan.state``."""
+
+    def finish(self, call: SparseCall, out: Tensor, lse: Tensor | None) -> Tensor:
+        """Correct the output ``[B, H, S, D]``, in natural order; ``lse`` float32 ``[B, H, S]`` if it was asked for."""
+        return out
+
+    def work(self, ctx: PlanContext) -> float:
+        """Work of a sparse call beyond blocks and pooled keys, as a share of dense attention."""
+        return 0.0
+
+
+COMPENSATIONS: Registry[Compensation] = Registry("compensation")
+
+
+@lru_cache(maxsize=64)
+def make_compensation(spec: str) -> Compensation:
+    """The compensation that a spec names; it has no state of its own."""
+    return COMPENSATIONS.create(spec)

@@ -1,0 +1,100 @@
+"""Selection: from block scores to levels, on the device, without a host synchronisation.
+
+Each rule stands in a file of this folder and registers itself in :data:`SELECTIONS`. A rule has a strength of its own
+(a share of mass, a threshold); where a density is asked for instead, the strength that meets it is searched on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dit_accel._discover import import_all
+from dit_accel.selection._registry import SELECTIONS, Forced, Rule
+
+__all__ = ["SELECTIONS", "Forced", "Rule", "level_share", "select"]
+
+import_all(__name__, __path__)
+
+_SEARCH_STEPS = 20
+
+
+def level_share(levels: Tensor) -> Tensor:
+    """Work of levels over the work of all blocks, a 0-dim float32 tensor: a block of level ``n`` costs ``1/n``."""
+    work = levels.float()
+    return torch.where(levels > 0, 1 / work.clamp(min=1), 0.0).mean()
+
+
+def select(
+    rule: str,
+    scores: Tensor,
+    density: float | None,
+    forced: Forced,
+    *,
+    insist: Tensor | None = None,
+) -> tuple[Tensor, int | None]:
+    """Choose blocks.
+
+    Forced columns take part of each row's budget; forced rows come on top.
+
+    Args:
+        rule: spec of a rule in :data:`SELECTIONS`.
+        scores: float32 ``[B, H, Qb, Kb]``. Values that are not finite count as the least.
+        density: share of the map to compute; ``None`` leaves it to the rule's own strength.
+        forced: blocks that are exact whatever their score.
+        insist: bool ``[B|1, H|1, Qb, Kb]``, further blocks that are exact.
+
+    Returns:
+        uint8 levels ``[B, H, Qb, Kb]``, and an upper bound of the chosen blocks if the host knows one.
+
+    Raises:
+        ValueError: neither a density nor a strength is given.
+    """
+    scores = torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0)
+    if not SELECTIONS.trait(rule, "needs_mass", False):
+        scores = scores.masked_fill(forced.cols, math.inf)
+    made = SELECTIONS.create(rule, scores, forced)
+    whole = forced.cols | forced.rows[:, None]
+    if insist is not None:
+        whole = whole | insist
+
+    def keep(strength: Tensor | float) -> Tensor:
+        return made.keep(strength).masked_fill(whole, 1)
+
+    if density is None:
+        if made.strength is None:
+            raise ValueError(f"selection {rule!r} needs a density, or a strength of its own such as '{rule}:0.9'")
+        levels = keep(made.strength if made.is_density else _scalar(made.strength, scores.device))
+        known = made.bound(made.strength) if made.is_density and made.bound is not None else None
+    elif made.is_density:
+        levels = keep(density)
+        known = made.bound(density) if made.bound is not None else None
+    else:
+        levels, known = _meet(made, keep, density, scores.device), None
+    return levels, _with_forced(known, levels, forced, insist)
+
+
+def _with_forced(bound: int | None, levels: Tensor, forced: Forced, insist: Tensor | None) -> int | None:
+    if bound is None or insist is not None:
+        return None
+    batch, heads, rows, cols = levels.shape
+    return min(bound + batch * heads * (rows * forced.col_count + cols * forced.row_count), levels.numel())
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-dim float32 tensor made on the device, since a copy from the host would wait."""
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
+
+
+def _meet(rule: Rule, keep: Callable[[Tensor], Tensor], density: float, device: torch.device) -> Tensor:
+    """Levels at the strength whose share comes nearest to ``density`` from below, by bisection on the device."""
+    low, high = _scalar(rule.low, device), _scalar(rule.high, device)
+    most = high
+    for _ in range(_SEARCH_STEPS):
+        middle = (low + high) / 2
+        fits = level_share(keep(middle)) <= density
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return keep(torch.where(level_share(keep(most)) <= density, most, low))

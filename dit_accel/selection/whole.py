@@ -1,0 +1,23 @@
+"""Everything, or only what is forced and what a score rule insists on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.selection._ranked import with_best
+from dit_accel.selection._registry import SELECTIONS, Forced, Rule
+
+
+@SELECTIONS.register("all")
+def whole(scores: Tensor, forced: Forced) -> Rule:
+    """Every block."""
+    levels = torch.ones_like(scores, dtype=torch.uint8)
+    return Rule(lambda strength: levels, strength=1.0, is_density=True, bound=lambda density: levels.numel())
+
+
+@SELECTIONS.register("insisted")
+def insisted(scores: Tensor, forced: Forced) -> Rule:
+    """Only forced blocks, those that the score rule insists on, and the best of each row."""
+    levels = with_best(torch.zeros_like(scores, dtype=torch.bool), scores).to(torch.uint8)
+    return Rule(lambda strength: levels, strength=1.0, is_density=True)
