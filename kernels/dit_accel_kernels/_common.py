@@ -7,7 +7,7 @@ import os
 
 from torch import Tensor
 
-__all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "resolve_backend", "triton_reason"]
+__all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "resolve_backend", "split_head_dim", "triton_reason"]
 
 MAX_HEAD_DIM = 256
 # Constants, not cached functions: torch.compile traces through what uses them.
@@ -25,6 +25,26 @@ def check_bhsd(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be [B, H, S, D], got shape {tuple(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name} must have a contiguous last dimension, got strides {x.stride()}")
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Split a head size into two powers of two that waste few columns.
+
+    Args:
+        head_dim: columns of a head.
+
+    Returns:
+        ``(first, second)``; ``second`` is 0 where one part serves as well. 96 gives (64, 32), 72 gives (64, 16).
+    """
+    first = 16
+    while first * 2 <= head_dim:
+        first *= 2
+    if head_dim <= first:
+        return first, 0
+    second = 16
+    while second < head_dim - first:
+        second *= 2
+    return (first, second) if second < first else (2 * first, 0)
 
 
 def triton_reason(x: Tensor) -> str | None:

@@ -6,10 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-__all__ = ["capability", "describe", "split_head_dim", "takes_tma"]
+__all__ = ["capability", "describe", "takes_tma"]
 
 
 @lru_cache(maxsize=16)
@@ -23,17 +22,6 @@ def capability(x: Tensor) -> int:
         return 0
     major, minor = _capability(x.device.index or 0)
     return 10 * major + minor
-
-
-def split_head_dim(dim: int) -> tuple[int, int]:
-    """Two tile widths, powers of two, that cover a head size with less padding than one would.
-
-    The second is 0 where one tile is exact, as for 64 and 128; 72 becomes 64 + 16 and 96 becomes 64 + 32.
-    """
-    if dim <= 16:
-        return 16, 0
-    first = 1 << (dim.bit_length() - 1)
-    return first, 0 if first == dim else max(16, triton.next_power_of_2(dim - first))
 
 
 def _strides(x: Tensor) -> list[int]:

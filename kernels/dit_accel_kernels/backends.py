@@ -11,13 +11,12 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lists import lists_from_levels, pack_bits
-from .types import BlockLists, Pooled, TokenOrder, TokenWindows
+from .types import GatheredKeys
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +24,7 @@ __all__ = [
     "choose_backend",
     "register_backend",
     "require_backend",
+    "reroute_reason",
     "run_backend",
     "self_test",
     "why_not",
@@ -44,8 +44,9 @@ class Backend:
         name: what the user writes.
         why_not: reason why it cannot serve, or ``None``; called with ``device``, ``dtype``, ``head_dim``, ``block_q`` and
             ``block_k`` by keyword. It must be cheap and must not run a kernel.
-        run: called with ``q, k, v, lists`` and the keywords ``scale``, ``order``, ``pooled``, ``windows``, ``key_valid``
-            and ``return_lse``; returns the output and the log-sum-exp, the latter empty or not when it was not asked for.
+        run: called with ``q, k, v, lists`` and the keywords ``scale``, ``order``, ``pooled``, ``windows``, ``key_valid``,
+            ``gathered`` and ``return_lse``, of which all but ``scale`` and ``return_lse`` may be left out; returns the
+            output and the log-sum-exp, the latter empty or not when it was not asked for.
         devices: device types for which it is chosen automatically.
     """
 
@@ -114,9 +115,11 @@ def _why_not_hopper(**kwargs: Any) -> str | None:
     return why_not_hopper(**kwargs)
 
 
-def _run_hopper(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _run_hopper(*args: Any, gathered: GatheredKeys | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
     from .block_sparse.hopper_launch import run_hopper
 
+    if reroute_reason("hopper", gathered=gathered) is not None:
+        return _run_triton(*args, gathered=gathered, **kwargs)
     return run_hopper(*args, **kwargs)
 
 
@@ -178,7 +181,7 @@ def self_test(
     """Compare a backend with the masked reference on some hundred tokens, once per process and key.
 
     The mask is such that dense attention differs by more than ten times the tolerance, so a backend that ignores it
-    fails. It is tried with and without a pooled remainder, with an order per head and with windows.
+    fails. It is tried with and without a pooled remainder, with an order per head, with windows and with gathered keys.
 
     Args:
         name: the backend.
@@ -260,6 +263,23 @@ def require_backend(
         raise RuntimeError(f"backend={name!r} failed its self-test: {reason}")
 
 
+def reroute_reason(name: str, *, gathered: GatheredKeys | None = None) -> str | None:
+    """Say why the Triton kernel must compute a call although the backend serves its dtype and block sizes.
+
+    The Hopper kernel has further reasons of its own: :func:`dit_accel_kernels.block_sparse.hopper_launch.reroute_reason`.
+
+    Args:
+        name: the backend.
+        gathered: the gathered keys of the call.
+
+    Returns:
+        The reason, or ``None`` if the backend computes the call itself.
+    """
+    if name == "hopper" and gathered is not None:
+        return "gathered keys are not supported"
+    return None
+
+
 def run_backend(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Run a backend without any check; arguments as in :class:`Backend`."""
     return BACKENDS[name].run(*args, **kwargs)
@@ -275,56 +295,9 @@ def _where(device: torch.device) -> tuple[Any, ...]:
 def _compare(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_q: int, block_k: int
 ) -> str | None:
+    from .self_tests import compare
+
     interpreted = name == "triton" and device.type == "cpu"
     tokens = (2 if interpreted else 6) * max(block_q, block_k) + 24
-    gen = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=gen).to(device, dtype)
-
-    q, k, v = draw(1, 2, tokens, head_dim), draw(1, 2, tokens, head_dim), draw(1, 2, tokens, head_dim)
-    qb, kb = -(-tokens // block_q), -(-tokens // block_k)
-    # A checkerboard with the ragged last block visited by every other row; head 1 has the opposite one.
-    board = (torch.arange(qb)[:, None] + torch.arange(kb)) % 2
-    levels = torch.stack([board, 1 - board])[None].to(device, torch.uint8)
-    lists = lists_from_levels(levels, block_q, block_k)
-    count = torch.full((kb,), float(block_k))
-    count[-1] = tokens - (kb - 1) * block_k
-    pooled = Pooled(
-        draw(1, 2, kb, head_dim), draw(1, 2, kb, head_dim), count.log().to(device)[None, None], pack_bits(levels)
-    )
-    order = TokenOrder(
-        torch.stack([torch.randperm(tokens, generator=gen), torch.arange(tokens).flip(0)]).to(device, torch.int32),
-        torch.tensor([0, 1], dtype=torch.int32, device=device),
-    )
-    edge = torch.randint(0, tokens, (2, 3, tokens), generator=gen, dtype=torch.int32).sort(0).values
-    codes = torch.arange(tokens, dtype=torch.int32).expand(3, -1)
-    windows = TokenWindows(*(x.contiguous().to(device) for x in (edge[0] // 4, edge[1] + tokens // 2, codes)))
-    tolerance = 2e-5 if dtype in (torch.float32, torch.float64) else 2e-2
-    scale = head_dim**-0.5
-    dense = torch.softmax((q.float() @ k.float().mT) * scale, -1) @ v.float()
-    cases: list[tuple[str, BlockLists, dict[str, Any]]] = [
-        ("without a remainder", lists, {}),
-        ("with a pooled remainder", lists, {"pooled": pooled}),
-        ("with a remainder and an order", lists, {"pooled": pooled, "order": order}),
-        ("with windows", lists_from_levels(levels * 255, block_q, block_k), {"windows": windows}),
-    ]
-    for what, visited, given in cases:
-        options: dict[str, Any] = {"order": None, "pooled": None, "windows": None, "key_valid": None, **given}
-        # In float64, lest a process-wide permission of TF32 spoil the reference.
-        extra = options["pooled"]
-        exact = extra and Pooled(extra.k.double(), extra.v.double(), extra.bias, extra.bits)
-        qkv = (x.double() for x in (q, k, v))
-        want, want_lse = _run_reference(*qkv, visited, scale=scale, return_lse=True, **(options | {"pooled": exact}))
-        got, got_lse = run_backend(name, q, k, v, visited, scale=scale, return_lse=True, **options)
-        if _differ(want, dense) < 10 * tolerance:
-            return f"the self-test's mask is too weak to tell sparse from dense {what}"
-        seen = want_lse.isfinite()
-        for label, error in (("output", _differ(got, want)), ("log-sum-exp", _differ(got_lse[seen], want_lse[seen]))):
-            if not error <= tolerance:
-                return f"{label} differs from the reference by {error:.3g} {what}, at most {tolerance:g} is allowed"
-    return None
-
-
-def _differ(got: Tensor, want: Tensor) -> float:
-    return cast("float", (got.float() - want.float()).abs().max().item())
+    run = BACKENDS[name].run
+    return compare(run, _run_reference, device, dtype, head_dim, block_q, block_k, tokens=tokens)

@@ -15,6 +15,7 @@ __all__ = [
     "LEVEL_FULL",
     "LEVEL_PARTIAL",
     "LEVEL_SKIP",
+    "gathered_from_mask",
     "levels_from_lists",
     "lists_from_levels",
     "pack_bits",
@@ -104,6 +105,26 @@ def lists_from_levels(levels: Tensor, block_q: int, block_k: int, *, capacity: i
         block_q=block_q,
         block_k=block_k,
     )
+
+
+def gathered_from_mask(mask: Tensor, *, capacity: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compress a mask of groups into the rows of a :class:`~dit_accel_kernels.types.GatheredKeys`, without a host read.
+
+    Args:
+        mask: bool ``[B|1, H|1, Qb, G]``, the groups that each query block sees.
+        capacity: an upper bound, known to the host, of the number of set entries of the whole mask; groups beyond it are
+            dropped. By default each row owns ``G`` entries, which always suffices.
+
+    Returns:
+        ``row_start``, ``count`` (both int32 ``[B|1, H|1, Qb]``) and ``indices`` (int32 ``[capacity]``).
+
+    Raises:
+        ValueError: wrong dtype, shape or capacity.
+    """
+    if mask.ndim != 4 or mask.dtype != torch.bool or not mask.shape[3]:
+        raise ValueError(f"mask must be bool [B|1, H|1, Qb, G], got {mask.dtype} of shape {tuple(mask.shape)}")
+    lists = lists_from_levels(mask.view(torch.uint8), 1, 1, capacity=capacity)
+    return lists.row_start, lists.full, lists.indices
 
 
 def levels_from_lists(lists: BlockLists, kb: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["BlockLists", "Pooled", "TokenOrder", "TokenWindows"]
+__all__ = ["BlockLists", "GatheredKeys", "Pooled", "TokenOrder", "TokenWindows"]
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,31 @@ class TokenWindows:
     q_lo: Tensor
     q_hi: Tensor
     k_code: Tensor
+
+
+@dataclass(frozen=True)
+class GatheredKeys:
+    """Further keys that enter the same online softmax, gathered in groups from a sequence of their own.
+
+    Single columns of the map are groups of one token of the keys themselves; the levels of a pyramid are groups of pooled
+    keys with the log of their token count as bias. Group ``j`` holds the keys ``j * group`` up to ``(j + 1) * group`` of
+    the sequence, the last one may be ragged.
+
+    Attributes:
+        k: ``[B, H, Se, D]``.
+        v: ``[B, H, Se, D]``.
+        bias: float32 ``[B|1, H|1, Se]``, added to the scaled logits, natural logarithm: 0 for a token, the log of the
+            number of valid tokens for a pooled key; ``-inf`` for a key that nobody sees and that may hold NaN.
+        row_start: int32 ``[B|1, H|1, Qb]``, offset of the first entry of the row in ``indices``.
+        count: int32 ``[B|1, H|1, Qb]``, number of groups of the row; may be 0.
+        indices: int32 ``[capacity]``, sorted group ids of each row, each at most once.
+        group: keys in a group, a power of two from 1 to 64.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    row_start: Tensor
+    count: Tensor
+    indices: Tensor
+    group: int

@@ -113,6 +113,21 @@ def test_a_backend_that_ignores_the_remainder_fails() -> None:
     assert "with a pooled remainder" in str(self_test("half", "cpu", **SITE))
 
 
+def test_a_backend_that_ignores_gathered_keys_fails() -> None:
+    def run(*args: Any, gathered: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return run_backend("cpu", *args, **kwargs)
+
+    register_backend(Backend("blocks", lambda **_: None, run, ("cpu",)))
+    assert "with gathered keys" in str(self_test("blocks", "cpu", **SITE))
+
+
+def test_a_call_that_hopper_does_not_serve_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(backends, "_run_triton", lambda *_, **given: calls.append(given))
+    run_backend("hopper", gathered="some", scale=1.0)
+    assert calls == [{"gathered": "some", "scale": 1.0}]
+
+
 def test_a_backend_that_raises_gives_its_reason() -> None:
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise OSError("no compiler")

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._common import blocks
-from .._launch import describe, split_head_dim, takes_tma
+from .._common import blocks, split_head_dim
+from .._launch import describe, takes_tma
 from ..aot_spec import AotSpec
 from .reference import query_rows
 from .triton import attention_lse_kernel, block_mass_kernel

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import BlockLists, Pooled
+from ..types import BlockLists, GatheredKeys, Pooled
 
-__all__ = ["list_args", "pooled_args"]
+__all__ = ["gathered_args", "list_args", "pooled_args"]
 
 
 def _broadcast(x: Tensor) -> tuple[int, int]:
@@ -39,3 +39,19 @@ def pooled_args(pooled: Pooled | None) -> dict[str, Any]:
     args["bits_b"], args["bits_h"] = _broadcast(bits)
     args["bias_b"], args["bias_h"] = _broadcast(bias)
     return args
+
+
+def gathered_args(gathered: GatheredKeys | None) -> dict[str, Any]:
+    """All of the gathered keys but the size of a group; without any, values that compile one kernel."""
+    names = ("k", "v", "bias", "start", "count", "indices")
+    steps = ("k_b", "k_h", "k_s", "v_b", "v_h", "v_s", "list_b", "list_h", "bias_b", "bias_h")
+    if gathered is None:
+        return dict.fromkeys(f"more_{name}" for name in names) | dict.fromkeys(
+            [*(f"more_{name}" for name in steps), "se"], 0
+        )
+    bias, row_start = gathered.bias.contiguous(), gathered.row_start.contiguous()
+    count, indices = gathered.count.contiguous(), gathered.indices.contiguous()
+    values = (gathered.k, gathered.v, bias, row_start, count, indices)
+    strides = (*gathered.k.stride()[:3], *gathered.v.stride()[:3], *_broadcast(row_start), *_broadcast(bias))
+    args = dict(zip((f"more_{name}" for name in (*names, *steps)), (*values, *strides), strict=True))
+    return args | {"se": gathered.k.shape[2]}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TileConfig", "split_head_dim", "tile_config"]
+from .._common import split_head_dim
+
+__all__ = ["TileConfig", "gather_tile", "tile_config"]
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,9 @@ _TABLE: tuple[tuple[str, int, int, TileConfig], ...] = (
 )
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Split a head size into two powers of two that waste few columns.
-
-    Args:
-        head_dim: columns of a head.
-
-    Returns:
-        ``(first, second)``; ``second`` is 0 where one part serves as well. 96 gives (64, 32), 72 gives (64, 16).
-    """
-    first = 16
-    while first * 2 <= head_dim:
-        first *= 2
-    if head_dim <= first:
-        return first, 0
-    second = 16
-    while second < head_dim - first:
-        second *= 2
-    return (first, second) if second < first else (2 * first, 0)
+def gather_tile(config: TileConfig) -> int:
+    """Gathered keys of one step: each needs an address, and with more than 32 the tiles of 128 rows spill on sm_90."""
+    return max(16, min(config.block_n, 32))
 
 
 def tile_config(arch: str, head_dim: int, itemsize: int, block_q: int, block_k: int) -> TileConfig:

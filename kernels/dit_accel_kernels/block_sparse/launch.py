@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
-from .arguments import list_args, pooled_args
-from .configs import TileConfig, split_head_dim, tile_config
+from .._common import split_head_dim
+from .._launch import describe
+from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
+from .arguments import gathered_args, list_args, pooled_args
+from .configs import TileConfig, gather_tile, tile_config
 from .triton import block_sparse_fwd_kernel
 
 __all__ = ["block_sparse_triton", "tma_reason"]
@@ -32,6 +34,7 @@ def block_sparse_triton(
     pooled: Pooled | None = None,
     windows: TokenWindows | None = None,
     key_valid: Tensor | None = None,
+    gathered: GatheredKeys | None = None,
     return_lse: bool = True,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,6 +50,7 @@ def block_sparse_triton(
         pooled: what stands for the blocks that are not visited.
         windows: token windows of partial blocks; without them partial blocks are whole.
         key_valid: bool ``[B, Sk]``, false for padding, which must be finite: descriptor loads cannot mask it.
+        gathered: further keys, of which each query block sees some groups.
         return_lse: compute the log-sum-exp; otherwise an empty tensor stands for it.
         config: shape of a program, to tune or test; by default from the table, without tensor descriptors where
             they cannot be used.
@@ -75,7 +79,9 @@ def block_sparse_triton(
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
     args: dict[str, Any] = {"q": q, "out": out, "lse": lse if return_lse else None, "scale": scale}
-    args |= list_args(lists) | _order_args(order) | pooled_args(pooled) | _window_args(windows)
+    args |= (
+        list_args(lists) | _order_args(order) | pooled_args(pooled) | _window_args(windows) | gathered_args(gathered)
+    )
     args["key_valid"] = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
     tiled: dict[str, Tensor | None] = {"k": k, "v": v, "pool_k": None, "pool_v": None}
     if pooled is not None:
@@ -106,6 +112,9 @@ def block_sparse_triton(
             HAS_ORDER=order is not None,
             HAS_POOLED=pooled is not None,
             HAS_LSE=return_lse,
+            HAS_GATHERED=gathered is not None,
+            GROUP=1 if gathered is None else gathered.group,
+            BLOCK_G=gather_tile(config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -135,17 +144,8 @@ def _tiles(name: str, x: Tensor | None, block_n: int, split: tuple[int, int] | N
     """The argument ``name`` and, for the second part of the head size, ``name_hi``: a tensor or two descriptors."""
     if x is None or split is None:
         return {name: x, f"{name}_hi": None}
-    low, high = (_descriptor(x, block_n, width) if width else None for width in split)
+    low, high = (describe(x, block_n, width) if width else None for width in split)
     return {name: low, f"{name}_hi": high}
-
-
-def _descriptor(x: Tensor, block_n: int, width: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    # The stride of a dimension of size 1 is never used but must look valid.
-    strides = [s if n > 1 else x.shape[3] * 16 for n, s in zip(x.shape, x.stride())]
-    strides[3] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, block_n, width])
 
 
 def _order_args(order: TokenOrder | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..lists import LEVEL_FULL, LEVEL_PARTIAL, LEVEL_SKIP, levels_from_lists, unpack_bits
-from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
+from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 
 __all__ = ["block_sparse_reference", "window_mask"]
 
@@ -40,6 +40,7 @@ def block_sparse_reference(
     pooled: Pooled | None = None,
     windows: TokenWindows | None = None,
     key_valid: Tensor | None = None,
+    gathered: GatheredKeys | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute block-sparse attention in float32, or in float64 for float64 inputs.
 
@@ -53,6 +54,7 @@ def block_sparse_reference(
         pooled: what stands for the blocks that are not visited.
         windows: token windows of partial blocks; without them partial blocks are whole.
         key_valid: bool ``[B, Sk]``, false for padding.
+        gathered: further keys, of which each query block sees some groups.
 
     Returns:
         The output with the strides and dtype of ``q``, and the log-sum-exp, float32 ``[B, H, Sq]``.
@@ -65,6 +67,7 @@ def block_sparse_reference(
     if order is not None:
         table = order.table[order.head].long()
     keys = torch.arange(sk, device=q.device)
+    chosen = None if gathered is None else _chosen(gathered, bq)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, sq, dtype=torch.float32, device=q.device)
     for block in range(levels.shape[2]):
@@ -78,18 +81,28 @@ def block_sparse_reference(
             seen = (level == LEVEL_FULL) | ((level == LEVEL_PARTIAL) & inside)
         if key_valid is not None:
             seen = seen & key_valid[:, None, None]
-        all_k, all_v, bias = k, v, torch.zeros((), dtype=dtype, device=q.device)
+        keys_seen = [(k, v, torch.zeros(1, 1, 1, sk, device=q.device), seen)]
         if pooled is not None:
             exact = unpack_bits(pooled.bits[:, :, block], pooled.k.shape[2])[:, :, None] != 0
-            more = (~exact & (pooled.bias[:, :, None] > -torch.inf)).expand(batch, heads, -1, -1)
-            bias = pooled.bias[:, :, None].to(dtype).expand(batch, heads, -1, -1)
-            bias = torch.cat([bias.new_zeros(batch, heads, 1, sk), bias], -1)
-            seen = torch.cat([seen, more.expand(-1, -1, len(rows), -1)], -1)
-            all_k, all_v = torch.cat([k, pooled.k], 2), torch.cat([v, pooled.v], 2)
+            keys_seen.append((pooled.k, pooled.v, pooled.bias[:, :, None], ~exact))
+        if gathered is not None and chosen is not None:
+            keys_seen.append((gathered.k, gathered.v, gathered.bias[:, :, None], chosen[:, :, block, None]))
+        shape = (batch, heads, len(rows), -1)
+        all_k, all_v = (torch.cat([x[i] for x in keys_seen], 2) for i in (0, 1))
+        bias = torch.cat([x[2].to(dtype).expand(batch, heads, 1, -1) for x in keys_seen], -1)
+        seen = torch.cat([(x[3] & (x[2] > -torch.inf)).expand(shape) for x in keys_seen], -1)
         part, part_lse = _attend(q_rows, all_k.to(dtype), all_v.to(dtype), seen, bias, scale)
         out.scatter_(2, where[..., None].expand_as(part), part.to(out.dtype))
         lse.scatter_(2, where, part_lse.float())
     return out, lse
+
+
+def _chosen(gathered: GatheredKeys, block_q: int) -> Tensor:
+    """Say which gathered keys each query block sees: bool ``[B|1, H|1, Qb, Se]``."""
+    lists = BlockLists(gathered.row_start, gathered.count, None, gathered.indices, block_q, gathered.group)
+    extra = gathered.k.shape[2]
+    levels = levels_from_lists(lists, -(-extra // gathered.group))
+    return levels.repeat_interleave(gathered.group, -1)[..., :extra] != LEVEL_SKIP
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:

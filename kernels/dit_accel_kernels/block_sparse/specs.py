@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._common import split_head_dim
 from ..aot_spec import ALL_TARGETS, AotSpec
-from .configs import TileConfig, split_head_dim, tile_config
+from .configs import TileConfig, gather_tile, tile_config
 
 __all__ = ["aot_specs"]
 
@@ -21,6 +22,7 @@ _OPTIONAL = {
     "HAS_POOLED": {"bias": "*fp32", "bits": "*i32"},
     "HAS_WINDOWS": {"q_lo": "*i32", "q_hi": "*i32", "k_code": "*i32"},
     "HAS_VALID": {"key_valid": "*u8"},
+    "HAS_GATHERED": {"more_bias": "*fp32", "more_start": "*i32", "more_count": "*i32", "more_indices": "*i32"},
 }
 # ptxas spills what only the prologue and epilogue use, and some addresses of the pooled and masked loops; the plain loop
 # reloads at most 20 words per tile of 670 instructions.
@@ -34,6 +36,7 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
     for target in ALL_TARGETS:
         arch = target if target.startswith("sm_") else "hip"
         precision = "tf32x3" if target.startswith("sm_") else "ieee"
+        everything = {"EVEN_K": False, "HAS_POOLED": True, "HAS_ORDER": True}
         cases: list[tuple[str, int, str, dict[str, bool]]] = [
             ("plain", 64, "bf16", {}),
             ("plain", 128, "bf16", {}),
@@ -49,6 +52,13 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
             ("windows", 128, "bf16", {"HAS_PARTIAL": True, "HAS_WINDOWS": True}),
             ("valid", 128, "bf16", {"HAS_VALID": True, "EVEN_K": False}),
             ("ragged", 128, "fp32", {"EVEN_K": False}),
+            ("gathered", 64, "bf16", {"HAS_GATHERED": True}),
+            ("gathered", 128, "bf16", {"HAS_GATHERED": True}),
+            ("gathered", 256, "bf16", {"HAS_GATHERED": True}),
+            ("ragged+gathered", 128, "fp32", {"EVEN_K": False, "HAS_GATHERED": True}),
+            ("ragged+gathered+pooled+order", 64, "bf16", {**everything, "HAS_GATHERED": True}),
+            ("ragged+gathered+pooled+order", 72, "fp16", {**everything, "HAS_GATHERED": True}),
+            ("ragged+gathered+pooled+order", 128, "bf16", {**everything, "HAS_GATHERED": True}),
         ]
         for label, dim, dtype, flags in cases:
             config = tile_config(arch, dim, _BYTES[dtype], 128, 128)
@@ -79,6 +89,8 @@ def _spec(
         "PRECISION": precision if dtype == "fp32" else "tf32",
         "EVEN_K": flags.get("EVEN_K", True),
         "HAS_LSE": True,
+        "GROUP": 8 if flags.get("HAS_GATHERED") else 1,
+        "BLOCK_G": gather_tile(config),
     }
     values.update({name: flags.get(name, False) for name in _OPTIONAL})
     types: dict[str, str] = {"q": f"*{dtype}", "out": f"*{dtype}", **_POINTERS}
@@ -87,6 +99,8 @@ def _spec(
         for name, width in ((part, d0), (f"{part}_hi", d1)):
             if config.tma and width:
                 types[name] = f"tensordesc<{dtype}[1, 1, {config.block_n}, {width}]>"
+    if values["HAS_GATHERED"]:
+        types |= {"more_k": f"*{dtype}", "more_v": f"*{dtype}"}
     for flag, pointers in _OPTIONAL.items():
         if values[flag]:
             types.update(pointers)
@@ -98,12 +112,13 @@ def _spec(
             signature[name] = "constexpr"
         elif name == "scale":
             signature[name] = "fp32"
-        elif name in ("sq", "sk") or name[-2:] in ("_b", "_h", "_s"):
+        elif name in ("sq", "sk", "se") or name[-2:] in ("_b", "_h", "_s"):
             signature[name] = "i32"
         else:
             signature[name], values[name] = "constexpr", None
     aligned = [n for n, kind in signature.items() if kind.startswith("*")]
-    aligned += [n for n, kind in signature.items() if kind == "i32" and n[0] in "qkvop"]
+    strided = ("q_", "k_", "v_", "out_", "pool_", "more_k_", "more_v_")
+    aligned += [n for n, kind in signature.items() if kind == "i32" and n.startswith(strided)]
     return AotSpec(
         name=f"block_sparse/{label}/d{dim}/{config.block_m}x{config.block_n}/{dtype}/{target}",
         fn=kernel,

@@ -43,6 +43,16 @@ def _load_tile(
 
 
 @triton.jit
+def _gather_tile(x, stride_s, key, b_rows, COL: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Load columns ``COL`` to ``COL + WIDTH`` of the keys ``key`` that ``b_rows`` marks."""
+    o_d = COL + tl.arange(0, WIDTH)
+    p_x = (x + key.to(tl.int64) * stride_s)[:, None] + o_d[None, :]  # keys lie anywhere: int64
+    if COL + WIDTH > D:
+        return tl.load(p_x, mask=b_rows[:, None] & (o_d[None, :] < D), other=0.0)
+    return tl.load(p_x, mask=b_rows[:, None], other=0.0)
+
+
+@triton.jit
 def _logits(q0, q1, k0, k1, D1: tl.constexpr, PRECISION: tl.constexpr):
     """Multiply ``[BLOCK_M, D]`` queries with ``[BLOCK_N, D]`` keys, both split in two parts."""
     logits = tl.dot(q0, k0.T, input_precision=PRECISION)
@@ -82,16 +92,25 @@ def _inside(q_lo, q_hi, k_code, o_q, o_k, m_q, m_k, sq, sk):
     return inside | free[None, :]
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "list_b", "list_h", "bits_b", "bits_h", "bias_b", "bias_h"])
+# What changes with the number of tokens alone must not compile another kernel.
+@triton.jit(
+    do_not_specialize=[
+        "sq", "sk", "se", "list_b", "list_h", "bits_b", "bits_h", "bias_b", "bias_h",
+        "more_list_b", "more_list_h", "more_bias_b", "more_bias_h",
+    ]
+)  # fmt: skip
 def block_sparse_fwd_kernel(
     q, k, v, k_hi, v_hi, out, lse, row_start, full, partial, indices, table, head_row, pool_k, pool_v,
-    pool_k_hi, pool_v_hi, bias, bits, q_lo, q_hi, k_code, key_valid, scale, sq, sk,
+    pool_k_hi, pool_v_hi, bias, bits, q_lo, q_hi, k_code, key_valid,
+    more_k, more_v, more_bias, more_start, more_count, more_indices, scale, sq, sk, se,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
     pool_k_b, pool_k_h, pool_k_s, pool_v_b, pool_v_h, pool_v_s, list_b, list_h, bits_b, bits_h, bias_b, bias_h,
+    more_k_b, more_k_h, more_k_s, more_v_b, more_v_h, more_v_s, more_list_b, more_list_h, more_bias_b, more_bias_h,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_WINDOWS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_POOLED: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_POOLED: tl.constexpr, HAS_LSE: tl.constexpr, HAS_GATHERED: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     SUB: tl.constexpr = BLOCK_K // BLOCK_N
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -136,6 +155,32 @@ def block_sparse_fwd_kernel(
         # Ids are sorted: a ragged last block is the last whole block of its row. It moves to the masked loop.
         last = tl.load(indices + n_full - 1, mask=n_full > 0, other=-1)
         n_plain -= (last == kb - 1).to(tl.int32)
+
+    if HAS_GATHERED:
+        more_k += w_b * more_k_b + w_h * more_k_h
+        more_v += w_b * more_v_b + w_h * more_v_h
+        more_bias += w_b * more_bias_b + w_h * more_bias_h
+        i_more = w_b * more_list_b + w_h * more_list_h + i_q
+        more_indices += tl.load(more_start + i_more).to(tl.int64)
+        n_more = tl.load(more_count + i_more)
+        o_g = tl.arange(0, BLOCK_G)
+        for start in tl.range(0, n_more * GROUP, BLOCK_G, num_stages=2):
+            o_e = start + o_g
+            m_e = o_e < n_more * GROUP
+            o_e = tl.load(more_indices + o_e // GROUP, mask=m_e, other=0) * GROUP + o_e % GROUP
+            m_e = m_e & (o_e < se)
+            b_bias = tl.load(more_bias + o_e, mask=m_e, other=float("-inf"))
+            m_e = b_bias > float("-inf")
+            k0 = _gather_tile(more_k, more_k_s, o_e, m_e, 0, D0, D)
+            k1 = k0
+            if D1 > 0:
+                k1 = _gather_tile(more_k, more_k_s, o_e, m_e, D0, D1, D)
+            logits = _logits(q0, q1, k0, k1, D1, PRECISION) + (b_bias / scale)[None, :]
+            v0 = _gather_tile(more_v, more_v_s, o_e, m_e, 0, D0, D)
+            v1 = v0
+            if D1 > 0:
+                v1 = _gather_tile(more_v, more_v_s, o_e, m_e, D0, D1, D)
+            acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
 
     m_k = o_n >= 0
     # Pooled, masked, plain; the first two in two stages: in most other arrangements ptxas gives up overlapping the wgmma
