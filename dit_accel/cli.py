@@ -127,9 +127,12 @@ def methods(
     if name is not None:
         print(found[0].describe())
         return
-    table = _table("methods", "name", "paper", "scores, selection, density, remainder", "what it is")
+    table = _table("methods", "name", "paper", "order · score · selection · remainder", "what it is")
     for method in found:
-        slots = f"{method.score}, {method.select}, {method.density}, {method.compensate}"
+        order = method.order[0] if len(method.order) == 1 else f"best of {len(method.order)}"
+        chosen = "its pattern" if method.is_geometric else method.select
+        share = "" if method.density is None else f" at {method.density}"
+        slots = f"{order} · {method.score} · {chosen}{share} · {method.compensate}"
         table.add_row(method.name, method.paper or "", slots, method.summary)
     Console().print(table)
 

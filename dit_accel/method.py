@@ -68,7 +68,11 @@ class Method:
             ``"similar:0.9"``, ``"leaders:0x4x8"``.
         dense_every: every so many sparse steps one is dense; 0 for none.
         logit_scale: ``"none"``, or ``"sqrt_log:1560"``: logits of sparse steps are multiplied by
-            ``sqrt(log(S) / log(1560))`` for a model trained on 1560 tokens (FreeSwim, arXiv 2511.14712).
+            ``sqrt(log(S) / log(1560))`` for a model trained on 1560 tokens (FreeSwim, arXiv 2511.14712); a second
+            number, ``"sqrt_log:1560,3120"``, stands in place of ``S``.
+        cross_attention: ``"live"``, or ``"cached"``: outputs of cross-attention on dense steps stand in for those of the
+            sparse steps that follow, by layer and branch (FreeSwim); ``"cached:cond"`` does so for the named branch
+            alone. Models without cross-attention modules are not touched.
         dense_layers: indices of layers that stay dense; negative ones count from the end.
         branches: whether guidance branches have their own plans or share the first one's.
         static: the plan comes from :func:`dit_accel.calibrate` and outlives runs.
@@ -99,6 +103,7 @@ class Method:
     reuse: tuple[str, ...] = ()
     dense_every: int = 0
     logit_scale: str = "none"
+    cross_attention: str = "live"
     dense_layers: tuple[int, ...] = ()
     branches: str = "separate"
     static: bool = False
@@ -168,6 +173,11 @@ class Method:
         make_compensation(self.compensate)
         parse_reuse(self.reuse)
         self.logit_factor(2)
+        cross = parse_spec(self.cross_attention)
+        ok = (cross.name == "live" and not cross.args) or (cross.name == "cached" and len(cross.args) <= 1)
+        _require(
+            ok and not cross.kwargs, "cross_attention", self.cross_attention, "'live', 'cached' or 'cached:BRANCH'"
+        )
 
     def _check_density(self) -> None:
         if self.density is None:
@@ -187,6 +197,10 @@ class Method:
             raise ValueError(
                 f"several orders need order_choice='recall', which lets each head choose; got {self.order} with 'fixed'"
             )
+        if CHOICES.trait(choice, "patterns", False) and not self.is_geometric:
+            raise ValueError(f"order_choice={choice!r} goes with a pattern, got score={score!r}; use 'recall'")
+        if self.static and self.is_geometric and PATTERNS.trait(score, "candidates") is None:
+            raise ValueError(f"pattern {score!r} has no candidates to choose among by calibration; use static=False")
         content = [name for name in self.order if parse_spec(name).name in CONTENT_ORDERS]
         if content and (len(self.order) > 1 or self.is_geometric or self.static):
             raise ValueError(
@@ -197,6 +211,15 @@ class Method:
             raise ValueError(f"order_choice={choice!r} is for static methods; use order_choice='recall'")
         if self.is_geometric and isinstance(self.density, tuple):
             raise ValueError(f"score={score!r} takes one density, a pattern does not change; got {self.density}")
+        clusters = SCORES.trait(score, "clusters", False) if score in SCORES else False
+        if clusters and parse_spec(self.order[0]).name not in ("kmeans", "routing"):
+            raise ValueError(f"score {score!r} goes with order 'kmeans' or 'routing', got order={self.order}")
+        gathers = SCORES.trait(score, "gathers", False) if score in SCORES else False
+        if gathers and (self.has_levels or make_compensation(self.compensate).pooled):
+            raise ValueError(
+                f"score {score!r} gathers keys itself, which cannot go with select={self.select!r} and "
+                f"compensate={self.compensate!r}; use select='insisted', compensate='drop'"
+            )
         if score == "none" and parse_spec(self.select).name not in ("all", "insisted"):
             raise ValueError(f"score 'none' goes with select 'all' or 'insisted' only, got {self.select!r}")
         if self.is_geometric and make_compensation(self.compensate).pooled and PATTERNS.trait(score, "windows", False):
@@ -220,24 +243,32 @@ class Method:
     @property
     def plans_from_data(self) -> bool:
         """Whether a plan looks at queries and keys; a pattern in a fixed order does not."""
-        return not self.is_geometric or parse_spec(self.order_choice).name != "fixed"
+        if not self.is_geometric or make_compensation(self.compensate).needs_dense:
+            return True
+        return parse_spec(self.order_choice).name != "fixed"
 
     @property
     def needs_lse(self) -> bool:
-        """Whether plans are made from the log-sum-exp of dense attention."""
+        """Whether plans are made from the log-sum-exp or the output of dense attention."""
+        if make_compensation(self.compensate).needs_dense:
+            return True
         scored = not self.is_geometric and bool(SCORES.trait(self.score, "needs_lse", False))
         return scored or bool(CHOICES.trait(self.order_choice, "needs_lse", False))
 
     @property
     def keeps_density(self) -> bool:
         """Whether a density can be asked for, and is kept."""
-        return parse_spec(self.select).name not in ("all", "insisted")
+        name = parse_spec(self.select).name
+        chosen_by_score = name == "insisted" and not self.is_geometric
+        return name not in ("all", "insisted") or (
+            chosen_by_score and bool(SCORES.trait(self.score, "keeps_density", False))
+        )
 
     @property
     def has_strength(self) -> bool:
-        """Whether the selection was given a strength of its own."""
+        """Whether the selection was given a strength of its own, or leaves the choice to the score rule."""
         spec = parse_spec(self.select)
-        return bool(spec.args or spec.kwargs)
+        return bool(spec.args or spec.kwargs) or spec.name == "insisted"
 
     @property
     def has_levels(self) -> bool:
@@ -255,7 +286,9 @@ class Method:
         return self.order[0] if parse_spec(self.order[0]).name in CONTENT_ORDERS else None
 
     def plan_costs(self, geometry: TokenGeometry, candidates: int) -> tuple[float, float]:
-        """Work of a run's first plan and of each later one, in dense attentions; the order is chosen once.
+        """Work of a run's first plan and of each later one, in dense attentions.
+
+        The order is chosen once, but for patterns, of which nothing else could change.
 
         What only the data decide is not in it.
         """
@@ -263,18 +296,21 @@ class Method:
         if self.content_order is not None:
             again += _cost_of(CONTENT_ORDERS, self.content_order, self, geometry)
         chosen = _cost_of(CHOICES, self.order_choice, self, geometry, candidates) if candidates > 1 else 0.0
-        return again + chosen, again
+        return again + chosen, again + (chosen if self.is_geometric else 0.0)
 
     def logit_factor(self, tokens: int) -> float:
         """What :attr:`logit_scale` multiplies the logits of a sequence of ``tokens`` by."""
         spec = parse_spec(self.logit_scale)
         if spec.name == "none" and not spec.args and not spec.kwargs:
             return 1.0
-        native = spec.args[0] if len(spec.args) == 1 else None
-        ok = spec.name == "sqrt_log" and isinstance(native, int) and not isinstance(native, bool) and native > 1
-        _require(ok, "logit_scale", self.logit_scale, "'none' or 'sqrt_log:N' with the tokens N of the training size")
+        native, *seen = spec.args or (None,)
+        ok = spec.name == "sqrt_log" and len(seen) <= 1 and not spec.kwargs
+        ok = ok and all(isinstance(n, int) and not isinstance(n, bool) and n > 1 for n in (native, *seen))
+        expected = "'none', 'sqrt_log:N' with the tokens N of the training size, or 'sqrt_log:N,M' with M tokens in all"
+        _require(ok, "logit_scale", self.logit_scale, expected)
         assert isinstance(native, int)
-        return math.sqrt(math.log(max(tokens, 2)) / math.log(native))
+        known = seen[0] if seen and isinstance(seen[0], int) else tokens
+        return math.sqrt(math.log(max(known, 2)) / math.log(native))
 
     def density_at(self, place: float) -> float | None:
         """Density of the plan that lies at ``place`` between the first plan of a run, 0, and the last, 1."""

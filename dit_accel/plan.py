@@ -11,6 +11,7 @@ from torch import Tensor
 from dit_accel.compensate import Compensation, SparseCall, make_compensation
 from dit_accel.context import valid_in_block_order
 from dit_accel.mask import BlockMask
+from dit_accel.masked import Folded, folds
 from dit_accel.score import Gather
 from dit_accel_kernels import (
     block_sparse_attention,
@@ -21,7 +22,7 @@ from dit_accel_kernels import (
 from dit_accel_kernels.backends import run_backend
 from dit_accel_kernels.types import Pooled, TokenOrder, TokenWindows
 
-__all__ = ["Plan", "execute"]
+__all__ = ["Plan", "execute", "execute_with_lse"]
 
 _DROP = make_compensation("drop")
 
@@ -83,6 +84,11 @@ class Plan:
         """Work of gathered keys as a share of dense attention."""
         return 0.0 if self.gather is None else self.gather.work
 
+    @property
+    def heads(self) -> int:
+        """Heads of the mask, 1 if they share one."""
+        return self.mask.bits.shape[1]
+
     def matches(self, query: Tensor) -> bool:
         """Whether the plan fits a query ``[B, H, S, D]``."""
         batch = len(self.parts) if self.parts else self.mask.bits.shape[0]
@@ -124,8 +130,31 @@ def execute(
     Returns:
         ``[B, H, S, D]`` with the strides of ``query``.
     """
+    options: dict[str, Any] = {"scale": scale, "key_valid": key_valid, "backend": backend}
+    return execute_with_lse(plan, query, key, value, want_lse=False, **options)[0]
+
+
+def execute_with_lse(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None,
+    key_valid: Tensor | None,
+    backend: str | None,
+    want_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Like :func:`execute`, with the log-sum-exp of what the softmax saw, float32 ``[B, H, S]``, if it is wanted.
+
+    It does not know of what a compensation adds behind the softmax.
+    """
+    options: dict[str, Any] = {"scale": scale, "backend": backend, "want_lse": want_lse}
     if plan.parts:
-        return _execute_parts(plan, query, key, value, scale=scale, key_valid=key_valid, backend=backend)
+        return _execute_parts(plan, query, key, value, key_valid=key_valid, **options)
+    if key_valid is not None and folds(plan):
+        folded = Folded.of(plan, query, key, value, key_valid)
+        return folded.unfold(*execute_with_lse(folded.plan, *folded.tensors, key_valid=folded.key_valid, **options))
     block = plan.mask.block_k
     valid = valid_in_block_order(key_valid, plan.key_order)
     pooled = None
@@ -141,10 +170,10 @@ def execute(
     elif plan.key_order is not None:
         key, value = permute_tokens(key, plan.key_order), permute_tokens(value, plan.key_order)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _run(plan, query, key, value, pooled, valid, factor, backend)
+    out, lse = _run(plan, query, key, value, pooled, valid, factor, backend, want_lse)
     if plan.compensation is _DROP or type(plan.compensation).finish is Compensation.finish:
-        return out
-    return plan.compensation.finish(SparseCall(plan, query, key, value, valid, factor, pooled), out, lse)
+        return out, lse
+    return plan.compensation.finish(SparseCall(plan, query, key, value, valid, factor, pooled), out, lse), lse
 
 
 def _run(
@@ -156,9 +185,10 @@ def _run(
     valid: Tensor | None,
     scale: float,
     backend: str | None,
+    want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """One launch: output, and the log-sum-exp where the compensation needs it."""
-    needs_lse = plan.compensation.needs_lse
+    """One launch: output, and the log-sum-exp where it is wanted or the compensation needs it."""
+    needs_lse = want_lse or plan.compensation.needs_lse
     options: dict[str, Any] = {
         "order": plan.order,
         "pooled": pooled,
@@ -178,12 +208,16 @@ def _run(
 
 
 def _execute_parts(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, *, key_valid: Tensor | None, **options: Any
-) -> Tensor:
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, *, key_valid: Tensor | None, want_lse: bool, **options: Any
+) -> tuple[Tensor, Tensor | None]:
     """One call for each batch element."""
     out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if want_lse else None
     for i, part in enumerate(plan.parts):
         one = slice(i, i + 1)
         valid = None if key_valid is None else key_valid[one]
-        out[one] = execute(part, query[one], key[one], value[one], key_valid=valid, **options)
-    return out
+        tensors = query[one], key[one], value[one]
+        out[one], found = execute_with_lse(part, *tensors, key_valid=valid, want_lse=want_lse, **options)
+        if lse is not None and found is not None:
+            lse[one] = found
+    return out, lse

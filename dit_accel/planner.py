@@ -17,11 +17,13 @@ from dit_accel.content import CONTENT_ORDERS, ContentOrder
 from dit_accel.context import PlanContext, valid_in_block_order
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
+from dit_accel.masked import one_for_all
 from dit_accel.method import Method
 from dit_accel.order import extra_blocks, token_order
 from dit_accel.pattern import PATTERNS, PatternContext, make_pattern
 from dit_accel.pattern_plan import on_device, pattern_plan, with_forced
 from dit_accel.plan import Plan
+from dit_accel.pyramid import pyramid_gather
 from dit_accel.score import Scores, block_scores
 from dit_accel.selection import Forced, select
 from dit_accel_kernels.lists import pack_bits
@@ -51,7 +53,11 @@ class _Layout:
         if self.method.static:  # PAROAttention forces the last block row and column
             rows, cols = rows.clone(), cols.clone()
             rows[-1] = cols[-1] = True
-        return Forced.of(rows, cols, self.device)
+        tokens, sizes = self.geometry.tokens, []
+        for block in (self.method.block_q, self.method.block_k):
+            starts = torch.arange(0, tokens, block)
+            sizes.append((tokens - starts).clamp(max=block).float() / tokens)
+        return Forced.of(rows, cols, self.device, sizes=(sizes[0], sizes[1]))
 
     def order(self, choice: Tensor) -> TokenOrder | None:
         """Orders of all heads, from the index of a candidate per head, integers ``[H]``."""
@@ -155,8 +161,12 @@ class Planner:
         if self.method.content_order is not None:
             return self._plan_by_content(ctx)
         layout = self.layout(ctx.geometry, ctx.query.device)
+        if self.method.is_geometric:
+            ctx.candidate_levels = self._candidate_levels(ctx, layout)[0]
         if ctx.order is None and layout.table is not None:
             choice = CHOICES.create(self.method.order_choice, ctx, layout.table)
+            if ctx.key_valid is not None and len(layout.names) > 1:
+                choice = one_for_all(choice, self.method, ctx.geometry, ctx.key_valid, len(layout.names))
             order = layout.order(choice)
             ctx = dataclasses.replace(ctx, order=order, key_order=order)  # anew: what was cached was in natural order
         if self.method.is_geometric:
@@ -206,9 +216,6 @@ class Planner:
         method, compensation = self.method, make_compensation(self.method.compensate)
         gather = scores.gather
         if method.has_levels:
-            from dit_accel.pyramid import pyramid_gather
-
-            assert gather is None, "levels and a score that gathers keys cannot go together"
             gather = pyramid_gather(levels, method.block_k)
         exact = (levels == 1).to(torch.uint8)
         mask = BlockMask.from_levels(
@@ -234,12 +241,7 @@ class Planner:
 
     def _plan_by_pattern(self, ctx: PlanContext, layout: _Layout) -> Plan:
         """A pattern whose order each head has chosen: its mask under each candidate, picked by head."""
-        heads = ctx.query.shape[1]
-        place = ctx.layer if PATTERNS.trait(self.method.score, "by_layer", False) else 0
-        key = (ctx.density, heads, place)
-        if key not in layout.pattern_levels:
-            layout.pattern_levels[key] = self._pattern_levels(ctx, layout, place)
-        levels, windows = layout.pattern_levels[key]
+        levels, windows = self._candidate_levels(ctx, layout)
         if ctx.order is not None:
             levels = levels[0, ctx.order.head.long()][None]
         mask = BlockMask.from_levels(
@@ -250,16 +252,30 @@ class Planner:
             self.method.block_k,
             partial=windows is not None,
         )
-        return Plan(
+        compensation = make_compensation(self.method.compensate)
+        plan = Plan(
             mask=mask,
             order=ctx.order,
             key_order=ctx.key_order,
             order_names=layout.names,
             windows=windows,
-            compensation=make_compensation(self.method.compensate),
+            compensation=compensation,
             density=mask.density(),
             cost=ctx.cost,
+            state=compensation.prepare(ctx, levels),
+            extra_work=compensation.work(ctx),
         )
+        compensation.settle(ctx, plan)
+        plan.cost = ctx.cost
+        return plan
+
+    def _candidate_levels(self, ctx: PlanContext, layout: _Layout) -> tuple[Tensor, TokenWindows | None]:
+        """What :meth:`_pattern_levels` makes, once for a layout."""
+        place = ctx.layer if PATTERNS.trait(self.method.score, "by_layer", False) else 0
+        key = (ctx.density, ctx.query.shape[1], place)
+        if key not in layout.pattern_levels:
+            layout.pattern_levels[key] = self._pattern_levels(ctx, layout, place)
+        return layout.pattern_levels[key]
 
     def _pattern_levels(self, ctx: PlanContext, layout: _Layout, place: int) -> tuple[Tensor, TokenWindows | None]:
         """Levels ``[1, N, Qb, Kb]`` of the pattern under each candidate order, on the device."""

@@ -47,10 +47,12 @@ class Compensation:
     Attributes:
         pooled: whether each skipped block enters the softmax as one key, its mean, with ``+log(count)``.
         needs_lse: whether :meth:`finish` needs the log-sum-exp of the sparse call.
+        needs_dense: whether :meth:`settle` needs the output of dense attention, so that plans are made on dense steps.
     """
 
     pooled: bool = False
     needs_lse: bool = False
+    needs_dense: bool = False
 
     def prepare(self, ctx: PlanContext, levels: Tensor) -> Any:
         """What to keep in the plan; called once when it is made, with levels uint8 ``[B, H, Qb, Kb]``."""

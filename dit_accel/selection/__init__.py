@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_accel._discover import import_all
+from dit_accel.selection._ranked import with_best
 from dit_accel.selection._registry import SELECTIONS, Forced, Rule
 
 __all__ = ["SELECTIONS", "Forced", "Rule", "level_share", "select"]
@@ -20,12 +21,20 @@ __all__ = ["SELECTIONS", "Forced", "Rule", "level_share", "select"]
 import_all(__name__, __path__)
 
 _SEARCH_STEPS = 20
+_ROUNDING = 1e-5
 
 
-def level_share(levels: Tensor) -> Tensor:
-    """Work of levels over the work of all blocks, a 0-dim float32 tensor: a block of level ``n`` costs ``1/n``."""
-    work = levels.float()
-    return torch.where(levels > 0, 1 / work.clamp(min=1), 0.0).mean()
+def level_share(levels: Tensor, forced: Forced | None = None) -> Tensor:
+    """Work of levels over the work of all blocks, a 0-dim float32 tensor: a block of level ``n`` costs ``1/n``.
+
+    Args:
+        levels: uint8 ``[B, H, Qb, Kb]``.
+        forced: where it knows the sizes of blocks, a ragged last one counts by its tokens.
+    """
+    work = torch.where(levels > 0, 1 / levels.float().clamp(min=1), 0.0)
+    if forced is None or forced.row_size is None or forced.col_size is None:
+        return work.mean()
+    return ((work @ forced.col_size) @ forced.row_size).mean()
 
 
 def select(
@@ -73,7 +82,9 @@ def select(
         levels = keep(density)
         known = made.bound(density) if made.bound is not None else None
     else:
-        levels, known = _meet(made, keep, density, scores.device), None
+        levels, known = _meet(made, keep, density, forced, scores.device), None
+    if SELECTIONS.trait(rule, "may_be_empty", False):
+        levels = torch.where((levels > 0).any(-1, keepdim=True), levels, with_best(levels > 0, scores).to(torch.uint8))
     return levels, _with_forced(known, levels, forced, insist)
 
 
@@ -89,12 +100,12 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
-def _meet(rule: Rule, keep: Callable[[Tensor], Tensor], density: float, device: torch.device) -> Tensor:
+def _meet(rule: Rule, keep: Callable[[Tensor], Tensor], density: float, forced: Forced, device: torch.device) -> Tensor:
     """Levels at the strength whose share comes nearest to ``density`` from below, by bisection on the device."""
     low, high = _scalar(rule.low, device), _scalar(rule.high, device)
     most = high
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
-        fits = level_share(keep(middle)) <= density
+        fits = level_share(keep(middle), forced) <= density
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return keep(torch.where(level_share(keep(most)) <= density, most, low))
+    return keep(torch.where(level_share(keep(most), forced) <= density + _ROUNDING, most, low))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_accel._specs import Registry
@@ -22,17 +23,24 @@ class Forced:
         cols: bool ``[Kb]``, key blocks that every query sees (text keys).
         row_count: number of true ``rows``, known on the host.
         col_count: number of true ``cols``, known on the host.
+        row_size: float32 ``[Qb]``, share of the query tokens in each block, or ``None`` for equal blocks.
+        col_size: float32 ``[Kb]``, share of the key tokens in each block.
     """
 
     rows: Tensor
     cols: Tensor
     row_count: int
     col_count: int
+    row_size: Tensor | None = None
+    col_size: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Tensor, cols: Tensor, device: object) -> Forced:
-        """Move host-side flags to ``device``, counting before the copy."""
-        return cls(rows.to(device), cols.to(device), int(rows.sum()), int(cols.sum()))  # type: ignore[call-overload]
+    def of(
+        cls, rows: Tensor, cols: Tensor, device: torch.device | str, *, sizes: tuple[Tensor, Tensor] | None = None
+    ) -> Forced:
+        """Move host-side flags, and the shares of tokens in blocks, to ``device``; counting comes before the copy."""
+        moved = (None, None) if sizes is None else tuple(size.to(device) for size in sizes)
+        return cls(rows.to(device), cols.to(device), int(rows.sum()), int(cols.sum()), *moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,4 +70,5 @@ SELECTIONS: Registry[Rule] = Registry("selection")
 """Rules ``(scores, forced, *values) -> Rule`` with scores float32 ``[B, H, Qb, Kb]``, finite but for forced columns, which
 hold infinity. The first value of a spec is the strength (``"top_p:0.9"``); without it a density decides.
 
-Traits: ``needs_mass`` (bool): forced columns keep their scores, since the rule adds scores up."""
+Traits: ``needs_mass`` (bool): forced columns keep their scores, since the rule adds scores up; ``levels`` (bool): it may
+give levels of a pyramid; ``may_be_empty`` (bool): rows that it and the forced blocks leave empty get their best block."""

@@ -17,7 +17,7 @@ def top_p(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     total = ranked.sum(-1, keepdim=True)
 
     def keep(strength: Tensor) -> Tensor:
-        kept = before < strength * total
+        kept = (before < strength * total) | (strength >= 1)
         kept[..., 0] = True
         return torch.zeros_like(kept, dtype=torch.uint8).scatter_(-1, order, kept.to(torch.uint8))
 

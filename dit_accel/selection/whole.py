@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.selection._ranked import with_best
 from dit_accel.selection._registry import SELECTIONS, Forced, Rule
 
 
@@ -16,8 +15,8 @@ def whole(scores: Tensor, forced: Forced) -> Rule:
     return Rule(lambda strength: levels, strength=1.0, is_density=True, bound=lambda density: levels.numel())
 
 
-@SELECTIONS.register("insisted")
+@SELECTIONS.register("insisted", may_be_empty=True)
 def insisted(scores: Tensor, forced: Forced) -> Rule:
-    """Only forced blocks, those that the score rule insists on, and the best of each row."""
-    levels = with_best(torch.zeros_like(scores, dtype=torch.bool), scores).to(torch.uint8)
+    """Only forced blocks and those that the score rule insists on; the best of a row where these are none."""
+    levels = torch.zeros_like(scores, dtype=torch.uint8)
     return Rule(lambda strength: levels, strength=1.0, is_density=True)
