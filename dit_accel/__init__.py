@@ -19,11 +19,13 @@ from dit_accel.api import (
     status,
     supported_models,
 )
+from dit_accel.functional import block_sparse_attention
 from dit_accel.geometry import TokenGeometry
 from dit_accel.ledger import LayerStatus, RunStatus
 from dit_accel.logging import set_verbosity
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
+from dit_accel.simulator import Proposal, Simulation, propose, simulate
 from dit_accel.static_plan import StaticPlan
 
 __all__ = [
@@ -32,17 +34,22 @@ __all__ = [
     "Handle",
     "LayerStatus",
     "Method",
+    "Proposal",
     "RunStatus",
+    "Simulation",
     "StaticPlan",
     "StepInfo",
     "TokenGeometry",
     "__version__",
+    "block_sparse_attention",
     "calibrate",
     "disable",
     "enable",
     "enabled",
     "methods",
+    "propose",
     "set_verbosity",
+    "simulate",
     "status",
     "supported_models",
 ]

@@ -181,3 +181,18 @@ def env(as_json: bool = _JSON) -> None:
         why = row["reason"] or f"equals the reference ({row['tested']}){', the automatic choice' * row['automatic']}"
         table.add_row(row["name"], "yes" if row["usable"] else "no", why)
     console.print(table)
+
+
+def _register_all() -> None:
+    """Commands that live beside what they show; those of the evaluation come with its package."""
+    from dit_accel.simulator.cli import register
+
+    register(app)
+    try:
+        from dit_accel_eval.cli import register as register_eval
+    except ImportError:  # a wheel without the evaluation package
+        return
+    register_eval(app)
+
+
+_register_all()

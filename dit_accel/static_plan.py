@@ -1,4 +1,4 @@
-"""Static plans: orders and masks found once, offline, and used for every run (PAROAttention)."""
+"""Static plans: orders and masks found once, offline, and used for every run (PAROAttention, Sliding Tile Attention)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from dit_accel.compensate import make_compensation
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
+from dit_accel.pattern_search import candidate_levels, window_recall
 from dit_accel.plan import Plan
 from dit_accel.planner import Planner
-from dit_accel.score import block_scores
+from dit_accel.score import SCORES, Scores, block_scores
 from dit_accel.selection import select
 from dit_accel_kernels.lists import unpack_bits
 
@@ -46,6 +47,7 @@ class StaticPlan:
         steps: denoising steps of the calibration runs.
         head_choice: int32 ``[L, H]``, candidate order of each head.
         bits: int32 ``[M, L, H, Qb, W]``, packed masks; see :meth:`mask_index`.
+        windows: int32 ``[M, L, H]``, the candidate window of each head where the method has a pattern, else ``None``.
     """
 
     method: Method
@@ -54,6 +56,7 @@ class StaticPlan:
     steps: int
     head_choice: Tensor
     bits: Tensor
+    windows: Tensor | None = None
     _plans: dict[int, Plan] = field(default_factory=dict, repr=False)
     _plans_of: tuple[int, torch.device] | None = field(default=None, repr=False)
 
@@ -121,7 +124,10 @@ class StaticPlan:
             "geometry": [self.geometry.grid, self.geometry.prefix, self.geometry.suffix],
             "steps": self.steps,
         }
-        data = save({"head_choice": self.head_choice, "bits": self.bits}, {"plan": json.dumps(meta)})
+        tensors = {"head_choice": self.head_choice, "bits": self.bits}
+        if self.windows is not None:
+            tensors["windows"] = self.windows
+        data = save(tensors, {"plan": json.dumps(meta)})
         path = Path(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
@@ -160,7 +166,8 @@ class StaticPlan:
             grid, prefix, suffix = meta["geometry"]
             geometry = TokenGeometry(tuple(grid), prefix, suffix)
             method = Method.from_dict(meta["method"])
-            plan = cls(method, meta["model"], geometry, meta["steps"], tensors["head_choice"], tensors["bits"])
+            held = tensors["head_choice"], tensors["bits"], tensors.get("windows")
+            plan = cls(method, meta["model"], geometry, meta["steps"], *held)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is a static plan with parts missing: {error!r}") from None
         rows = -(-geometry.tokens // method.block_q)
@@ -185,10 +192,13 @@ class Recorder:
 
     def __init__(self, method: Method) -> None:
         self.method = method
-        self.phase = "order"
+        #: Runs of each prompt: where there is one order, nothing is chosen before the masks.
+        self.phases = ("mask",) if method.is_geometric else ("order", "mask")
+        self.phase = self.phases[0]
         self._order_scores: dict[int, Tensor] = {}
         self._mass: dict[tuple[int, int], Tensor] = {}
         self._choice: dict[int, Tensor] = {}
+        self._candidates: Tensor | None = None
         self._geometry: TokenGeometry | None = None
         self._steps = 0
 
@@ -233,9 +243,12 @@ class Recorder:
             if layout.table is not None and score is not None:
                 _add(self._order_scores, layer, score(ctx, layout.table).cpu())
             return
-        mass = block_scores(ctx).values.mean(0).cpu()
+        if self.method.is_geometric and step.step < run.policy.warmup_steps(step.steps):
+            return  # its windows are not used there
+        found = SCORES.create("mass", ctx) if self.method.is_geometric else block_scores(ctx)
+        assert isinstance(found, Scores)
         own = int(self.method.static_share * step.steps)
-        _add(self._mass, (min(step.step, own), layer), mass)
+        _add(self._mass, (min(step.step, own), layer), found.values.mean(0).cpu())
 
     def finish(self, run: ModelRun) -> StaticPlan:
         """Make the plan.
@@ -246,23 +259,38 @@ class Recorder:
         if not self._mass or self._geometry is None:
             raise ValueError("calibration saw no attention to plan; reasons: " + str(run.status().reasons))
         geometry, method = self._geometry, self.method
-        forced = run.planner.layout(geometry, torch.device("cpu")).forced
-        masks = 1 + max(index for index, _ in self._mass)
+        first, masks = (f(index for index, _ in self._mass) for f in (min, max))
         layers = 1 + max(layer for _, layer in self._mass)
-        bits, choices = [], []
-        for index in range(masks):
-            row = []
-            for layer in range(layers):
-                mass = self._mass[(index, layer)][None]
-                levels, _ = select(method.select, mass, method.density_at(0.0), forced)
-                tokens = geometry.tokens
-                mask = BlockMask.from_levels(levels, tokens, tokens, method.block_q, method.block_k)
-                row.append(mask.bits[0])
-            bits.append(torch.stack(row))
+        bits, picked = [], []
+        levels_of = self._window_levels if method.is_geometric else self._best_levels
+        for index in range(masks + 1):
+            # A pattern's warm-up has no masks; those of the first sparse step stand in.
+            found = [levels_of(run, self._mass[(max(index, first), layer)]) for layer in range(layers)]
+            bits.append(torch.stack([mask.bits[0] for mask, _ in found]))
+            picked.append(torch.stack([window for _, window in found]))
         heads = bits[0].shape[1]
-        for layer in range(layers):
-            choices.append(self._choice.get(layer, torch.zeros(heads, dtype=torch.int32)))
-        return StaticPlan(method, run.model, geometry, self._steps, torch.stack(choices), torch.stack(bits))
+        choices = [self._choice.get(layer, torch.zeros(heads, dtype=torch.int32)) for layer in range(layers)]
+        windows = torch.stack(picked) if method.is_geometric else None
+        return StaticPlan(method, run.model, geometry, self._steps, torch.stack(choices), torch.stack(bits), windows)
+
+    def _best_levels(self, run: ModelRun, mass: Tensor) -> tuple[BlockMask, Tensor]:
+        """The mask that the selection makes of block mass ``[H, Qb, Kb]``; no window is chosen."""
+        assert self._geometry is not None
+        method, tokens = self.method, self._geometry.tokens
+        forced = run.planner.layout(self._geometry, torch.device("cpu")).forced
+        levels, _ = select(method.select, mass[None], method.density_at(0.0), forced)
+        mask = BlockMask.from_levels(levels, tokens, tokens, method.block_q, method.block_k)
+        return mask, torch.zeros(len(mass), dtype=torch.int32)
+
+    def _window_levels(self, run: ModelRun, mass: Tensor) -> tuple[BlockMask, Tensor]:
+        """The candidate window of each head that keeps most of its block mass ``[H, Qb, Kb]``."""
+        assert self._geometry is not None
+        method, tokens = self.method, self._geometry.tokens
+        if self._candidates is None:
+            self._candidates = candidate_levels(run.planner, self._geometry, mass.shape[0])
+        window = window_recall(mass, self._candidates).argmax(0)
+        levels = self._candidates[window][None]
+        return BlockMask.from_levels(levels, tokens, tokens, method.block_q, method.block_k), window.to(torch.int32)
 
 
 def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:

@@ -50,8 +50,8 @@ LAYERS = (
     Layer(
         "dit_accel_eval",
         ROOT / "eval/dit_accel_eval",
-        frozenset({"dit_accel_kernels", "dit_accel", "dit_accel_patches", "rich"} | NUMERIC | DIFFUSERS | METRICS),
-        frozenset({"triton"}),
+        frozenset({"dit_accel_kernels", "dit_accel", "dit_accel_patches", "rich", "typer"} | NUMERIC | DIFFUSERS | METRICS),
+        frozenset({"triton", "jinja2", "pynvml", "huggingface_hub"}),
     ),
 )
 
@@ -61,7 +61,8 @@ UPPER = frozenset({"dit_accel_patches", "dit_accel_eval"} | DIFFUSERS | METRICS 
 
 def _is_entry_point(path: Path) -> bool:
     relative = path.relative_to(ROOT)
-    return relative == Path("dit_accel/cli.py") or Path("dit_accel/demo") in relative.parents
+    entries = (Path("dit_accel/cli.py"), Path("dit_accel/simulator/picture.py"))
+    return relative in entries or Path("dit_accel/demo") in relative.parents
 
 
 def _is_type_checking(node: ast.If) -> bool:

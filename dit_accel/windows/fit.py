@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from dit_accel.geometry import Grid, TokenGeometry
 from dit_accel.windows.rule import AxisWindow, WindowSpec, axis_codes
 
-__all__ = ["snap", "visible_fraction", "window_for_density", "windows_by_share"]
+__all__ = [
+    "dilated_by_share",
+    "exact_strides",
+    "is_exact",
+    "snap",
+    "visible_fraction",
+    "window_for_density",
+    "windows_by_share",
+]
 
 
 def visible_fraction(geometry: TokenGeometry, spec: WindowSpec) -> float:
@@ -57,6 +66,12 @@ def windows_by_share(geometry: TokenGeometry) -> list[Grid]:
     return list(found)
 
 
+def dilated_by_share(geometry: TokenGeometry, dilation: Grid) -> list[Grid]:
+    """Like :func:`windows_by_share`, of the tokens that a dilated window can reach on each axis."""
+    reach = [length // step for length, step in zip(geometry.axes, dilation)]
+    return windows_by_share(TokenGeometry((max(reach[0], 1), max(reach[1], 1), max(reach[2], 1))))
+
+
 def _odd_window(length: int, fraction: float) -> int:
     window = 2 * round((fraction * length - 1) / 2) + 1
     return length if fraction * length > length - 0.5 else min(max(window, 1), length)
@@ -99,7 +114,7 @@ def snap(geometry: TokenGeometry, spec: WindowSpec, tile: Grid, tile_q: Grid | N
 def _snap_axis(name: str, axis: AxisWindow, tile_k: int, tile_q: int) -> AxisWindow:
     if tile_k < 1 or tile_q < 1:
         raise ValueError(f"a tile must have at least 1 token of {name}, got {tile_k} keys and {tile_q} queries")
-    if _is_exact(axis, tile_k, tile_q):
+    if is_exact(axis, tile_k, tile_q):
         return axis
     if axis.causal or axis.dilation > 1:
         raise ValueError(
@@ -116,18 +131,41 @@ def _snap_axis(name: str, axis: AxisWindow, tile_k: int, tile_q: int) -> AxisWin
             for stride in range(1, window + 1):
                 distance = change + abs(stride - axis.stride)
                 found = AxisWindow(axis.length, window, stride)
-                if distance < least and _is_exact(found, tile_k, tile_q):
+                if distance < least and is_exact(found, tile_k, tile_q):
                     best, least = found, distance
     return best
 
 
-def _is_exact(axis: AxisWindow, tile_k: int, tile_q: int) -> bool:
+def exact_strides(axis: AxisWindow, tile_k: int, tile_q: int) -> list[int]:
+    """Strides for which the window of ``axis`` shows tiles wholly or not at all, in rising order."""
+    found = (
+        AxisWindow(axis.length, axis.window, stride, axis.dilation, axis.causal) for stride in range(1, axis.window + 1)
+    )
+    return [axis.stride for axis in found if is_exact(axis, tile_k, tile_q)]
+
+
+def is_exact(axis: AxisWindow, tile_k: int, tile_q: int) -> bool:
     """Whether every tile of keys is wholly visible or wholly invisible to every tile of queries."""
     if axis.window == axis.length and not axis.causal:
         return True
     if axis.dilation > 1:
         return tile_k == tile_q == 1
-    _, lo, hi = axis_codes(axis)
-    first = torch.arange(axis.length) // tile_q * tile_q
+    if axis.causal:
+        return _is_exact(*axis_codes(axis)[1:], tile_k, tile_q)
+    before, after = axis.window // 2, axis.window - axis.window // 2 - 1
+    shared = -1
+    for query in range(axis.length):  # the rule once more, since most axes fail at once
+        leader = min(query // axis.stride * axis.stride + axis.stride // 2, axis.length - 1)
+        lo = min(max(leader, before), axis.length - 1 - after) - before
+        hi = lo + axis.window
+        shared = lo if query % tile_q == 0 else shared
+        if lo != shared or lo % tile_k or (hi % tile_k and hi != axis.length):
+            return False
+    return True
+
+
+def _is_exact(lo: Tensor, hi: Tensor, tile_k: int, tile_q: int) -> bool:
+    length = len(lo)
+    first = torch.arange(length) // tile_q * tile_q
     shared = lo.equal(lo[first]) and hi.equal(hi[first])
-    return shared and not bool((lo % tile_k).any()) and not bool(((hi % tile_k != 0) & (hi != axis.length)).any())
+    return shared and not bool((lo % tile_k).any()) and not bool(((hi % tile_k != 0) & (hi != length)).any())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dit_accel.geometry import TokenGeometry
-from dit_accel.windows.rule import AxisWindow, WindowSpec, axis_codes
-from dit_accel.windows.tokens import check_index, coordinates
+from dit_accel.windows.intervals import AxisInterval, check_index, coordinates
+from dit_accel.windows.rule import WindowSpec, axis_codes
 
-__all__ = ["LEVEL_FULL", "LEVEL_NONE", "LEVEL_PARTIAL", "window_levels"]
+__all__ = ["LEVEL_FULL", "LEVEL_NONE", "LEVEL_PARTIAL", "interval_levels", "window_levels"]
 
 LEVEL_NONE, LEVEL_FULL, LEVEL_PARTIAL = 0, 1, 255
 _CHUNK = 1 << 21  # elements of a temporary
@@ -24,15 +25,27 @@ def window_levels(
     block_q: int,
     block_k: int,
 ) -> Tensor:
-    """What the window leaves of each block pair, exactly.
+    """What a neighbourhood window leaves of each block pair, exactly; see :func:`interval_levels`."""
+    axes = [AxisInterval(*axis_codes(axis)) for axis in spec.resolve(geometry)]
+    return interval_levels(geometry, axes, index, block_q, block_k)
+
+
+def interval_levels(
+    geometry: TokenGeometry,
+    intervals: Sequence[AxisInterval],
+    index: Tensor | None,
+    block_q: int,
+    block_k: int,
+) -> Tensor:
+    """What intervals on the axes leave of each block pair, exactly.
 
     For each key block the number of its keys that a query sees is a separable sum over the grid: one running sum and one
     difference per axis give it for all distinct windows at once. No ``[S, S]`` tensor is made.
 
     Args:
         geometry: layout of the sequence.
-        spec: the window.
-        index: as in :func:`token_windows`.
+        intervals: what coordinates see along frames, height and width.
+        index: int ``[S]``, natural token at each position of block order; ``None`` for natural order.
         block_q: queries in a block.
         block_k: keys in a block.
 
@@ -46,7 +59,7 @@ def window_levels(
     order = torch.arange(geometry.tokens) if index is None else index.detach().cpu().long()
     visual = order - geometry.prefix
     visual[(visual < 0) | (visual >= geometry.visual)] = -1
-    axes = [_AxisCounts(axis) for axis in spec.resolve(geometry)]
+    axes = [_AxisCounts(axis) for axis in intervals]
     boxes, box_of_token = _distinct_boxes(geometry, axes)
     queries, keys = _blocks(visual, block_q), _blocks(visual, block_k)
     real_keys = (keys >= 0).sum(1)
@@ -73,11 +86,10 @@ def window_levels(
 class _AxisCounts:
     """Codes of one axis and its distinct query intervals."""
 
-    def __init__(self, axis: AxisWindow) -> None:
-        self.code, lo, hi = axis_codes(axis)
-        intervals, self.interval_of = torch.unique(torch.stack((lo, hi)), dim=1, return_inverse=True)
+    def __init__(self, axis: AxisInterval) -> None:
+        self.code = axis.code
+        intervals, self.interval_of = torch.unique(torch.stack((axis.lo, axis.hi)), dim=1, return_inverse=True)
         self.lo, self.hi = intervals[0], intervals[1]
-        self.codes = axis.dilation * -(-axis.length // axis.dilation)
 
 
 def _distinct_boxes(geometry: TokenGeometry, axes: list[_AxisCounts]) -> tuple[int, Tensor]:

@@ -21,6 +21,7 @@ from dit_accel.logging import get_logger
 from dit_accel_patches.backend import ensure_registered
 from dit_accel_patches.clock import Clock
 from dit_accel_patches.context import add_hook, remove_hook
+from dit_accel_patches.cross import CrossLayers, clean
 from dit_accel_patches.handles import ForwardState
 from dit_accel_patches.layers import Layer, find_layers
 
@@ -85,9 +86,12 @@ class Installation:
         module.register_forward_pre_hook(_before_forward, with_kwargs=True)
         # always_call: a forward call that raises must not leave the transformer marked as busy.
         module.register_forward_hook(_after_forward, always_call=True)
+        self._cross: CrossLayers | None = None
         try:
             for record in self._records:
                 record.wrap()
+            if getattr(run, "wants_cross", False):
+                self._cross = CrossLayers(module, adapter, self.layers, self._state)
         except BaseException:
             self.undo()
             raise
@@ -119,6 +123,8 @@ class Installation:
             return
         for record in self._records:
             record.restore()
+        if self._cross is not None:
+            self._cross.undo()
         if module.__dict__.get(_KEY) is self:
             _clean(module)
         self.end_run()
@@ -213,6 +219,7 @@ def _end_of_run(module: nn.Module) -> None:
 def _clean(module: nn.Module) -> None:
     """Remove our hooks and our attribute from a module, whoever put other hooks beside them."""
     module.__dict__.pop(_KEY, None)
+    clean(module)
     hooks: Any
     for hooks, ours, companions in (
         (module._forward_pre_hooks, _before_forward, (module._forward_pre_hooks_with_kwargs,)),

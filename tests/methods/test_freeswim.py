@@ -112,7 +112,7 @@ def test_cache_keeps_dense_outputs_by_layer_and_branch() -> None:
         cache.note(layer, sparse=False)
         assert cache.override(layer, branch, output) is output
     cache.note(0, sparse=True)
-    assert cache.override(0, "uncond", torch.zeros(1, 3, 4)) .equal(dense[0, "uncond"])
+    assert cache.override(0, "uncond", torch.zeros(1, 3, 4)).equal(dense[0, "uncond"])
     other = torch.zeros(2, 3, 4)
     assert cache.override(0, "cond", other) is other  # another batch
     assert cache.override(1, "cond", other) is other  # layer 1 was dense

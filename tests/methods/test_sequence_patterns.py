@@ -66,9 +66,8 @@ def _radial_mask(rule: RadialRule, decay: float) -> Tensor:
         for b in range(total):
             distance = abs(a // rule.per_frame - b // rule.per_frame)
             apart = abs(a % rule.per_frame - b % rule.per_frame)
-            if b < rule.per_frame and rule.sink:
-                mask[a, b] = True
-            elif distance <= 1:
+            sink = b < rule.per_frame and rule.sink
+            if sink or distance <= 1:
                 mask[a, b] = True
             else:
                 natural = 2 ** rule.per_frame.bit_length() / 2 ** distance.bit_length()
@@ -78,10 +77,10 @@ def _radial_mask(rule: RadialRule, decay: float) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix", [0, 7])
-@pytest.mark.parametrize(("grid", "decay", "sink"), [((7, 5, 9), 0.9, True), ((9, 3, 4), 0.2, False), ((4, 6, 8), 1.0, True)])
-def test_radial_follows_the_published_rule(
-    grid: tuple[int, int, int], decay: float, sink: bool, prefix: int
-) -> None:
+@pytest.mark.parametrize(
+    ("grid", "decay", "sink"), [((7, 5, 9), 0.9, True), ((9, 3, 4), 0.2, False), ((4, 6, 8), 1.0, True)]
+)
+def test_radial_follows_the_published_rule(grid: tuple[int, int, int], decay: float, sink: bool, prefix: int) -> None:
     geometry = TokenGeometry(grid, prefix=prefix)
     rule = RadialRule(grid[0], grid[1] * grid[2], 16, decay, sink)
     mask = _radial_mask(rule, decay)
