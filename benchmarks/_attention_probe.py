@@ -66,18 +66,18 @@ def recall(plan: Plan, q: Tensor, k: Tensor, lse: Tensor, scale: float | None, k
 @contextmanager
 def probing() -> Iterator[Probe]:
     """Within the block every sparse attention call of this process is measured."""
-    probe, original = Probe(), runtime.execute
+    probe, original = Probe(), runtime.execute_with_lse
 
-    def measured(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        out = original(plan, q, k, v, **options)
+    def measured(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        out, found = original(plan, q, k, v, **options)
         scale, valid = options["scale"], options["key_valid"]
         dense, lse = dense_attention(q, k, v, scale=scale, key_valid=valid)
         probe.errors.append((out.float() - dense.float()).abs().sum() / dense.float().abs().sum())
         probe.recalls.append(recall(plan, q, k, lse, scale, valid))
-        return out
+        return out, found
 
-    runtime.execute = measured
+    runtime.execute_with_lse = measured
     try:
         yield probe
     finally:
-        runtime.execute = original
+        runtime.execute_with_lse = original

@@ -7,8 +7,8 @@
 Each prompt is generated dense and with every method from the same noise, at the same work over the whole run: warm-up,
 planning, pooled and gathered keys count (``run_density``). The warm-up is the method's own where it fits, and is cut to two
 fifths of the work otherwise. Metrics are against the dense clip, on raw frames; ``another seed`` is dense with other noise:
-what two unrelated clips score. Prompts are spread over worker processes; each appends its records to a file of its own and
-goes on where it stopped.
+what two unrelated clips score. Rows are spread over worker processes, and all prompts of a row go through the model in
+batches; each worker appends its records to a file of its own and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from _attention_probe import probing  # noqa: E402
 import dit_accel  # noqa: E402
 from dit_accel.demo.pipeline import load  # noqa: E402
 from dit_accel.env import gpus, versions  # noqa: E402
+from dit_accel.learned import missing_scorer  # noqa: E402
 from dit_accel.presets import get_method  # noqa: E402
 from dit_accel.static_plan import StaticPlan  # noqa: E402
 from dit_accel_eval.files import append_record, read_records, write_json, write_text  # noqa: E402
@@ -39,7 +40,7 @@ from dit_accel_eval.generate import generate  # noqa: E402
 from dit_accel_eval.metrics import evaluate_pair  # noqa: E402
 
 FLOOR = "another seed"
-PROBED = 2  # prompts whose attention is measured, too
+PROBED = 2  # prompts on which the attention of each method is measured, too
 CALIBRATION = 2
 SHARE = 0.4  # of the work that a warm-up may take
 
@@ -60,8 +61,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--options", default="{}", help="JSON: further options of every method")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no sample is begun")
+    parser.add_argument("--batch", type=int, default=16, help="prompts in one call")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--toy", action="store_true", help="1 prompt, 17 frames, 6 steps, density 0.6")
     parser.add_argument("--join", type=Path, help="only make the tables of this folder")
     parser.add_argument("--out", type=Path, default=Path("methods-table"))
@@ -69,7 +72,7 @@ def arguments() -> argparse.Namespace:
     if args.toy:
         args.count, args.frames, args.steps, args.density = 1, 17, 6, [0.6]
     if args.methods is None:
-        args.methods = [m.name for m in dit_accel.methods() if not m.is_dense and m.name != "seer"]
+        args.methods = [m.name for m in dit_accel.methods() if not m.is_dense and missing_scorer(m) is None]
     return args
 
 
@@ -128,13 +131,15 @@ def calibrate(args: argparse.Namespace, prompts: list[str]) -> None:
             plan.save(path)
 
 
-def one_run(pipe: Any, name: str, density: float, prompt: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """A clip of a method with what the engine counted."""
+def one_run(
+    pipe: Any, name: str, density: float, prompts: list[str], seeds: list[int], args: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
+    """Clips of a method, and what the engine counted."""
     options = options_of(name, density, args)
     if get_method(name).static:
         options = {"plan": StaticPlan.load(plan_path(args, name, density))}
     with dit_accel.enabled(pipe, name, **options) as handle:
-        clips = generate(pipe, [prompt], [seed], **call_of(args))
+        clips = generate(pipe, prompts, seeds, **call_of(args))
         (status,) = handle.stats().values()
     record = {
         "density": status.density,
@@ -143,57 +148,86 @@ def one_run(pipe: Any, name: str, density: float, prompt: str, seed: int, args: 
         "plan_ms": status.plan_ms,
         "plans": status.plans,
         "notes": status.notes,
-        "seconds": clips.denoise_seconds,
+        "seconds": clips.denoise_seconds / len(prompts),
         "warmup": options.get("warmup", get_method(name).warmup),
     }
-    return {"frames": clips.frames[0], **record}
+    return clips.frames, record
 
 
-def probed(pipe: Any, name: str, density: float, prompt: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+def probed(
+    pipe: Any, name: str, density: float, prompts: list[str], seeds: list[int], args: argparse.Namespace
+) -> dict[str, float]:
     """Attention-level error over a run of its own, so that it is in nobody's time."""
     options = options_of(name, density, args)
     if get_method(name).static:
         options = {"plan": StaticPlan.load(plan_path(args, name, density))}
     with probing() as probe, dit_accel.enabled(pipe, name, **options):
-        generate(pipe, [prompt], [seed], decode=False, **call_of(args))
+        generate(pipe, prompts, seeds, decode=False, **call_of(args))
     return probe.summary()
 
 
 def work(args: argparse.Namespace) -> None:
-    """One worker: its prompts, every row for the first before any for the next."""
+    """One worker: its rows, each over all prompts."""
     began = time.monotonic()
-    prompts = read_prompts(args)
+    prompts = read_prompts(args)[args.first : args.first + args.count]
+    seeds = list(range(args.first, args.first + args.count))
     pipe = load(args.model, torch.device(args.device))
     path = args.out / f"samples_{args.worker}.jsonl"
-    done = {(r["name"], r["prompt"]) for r in read_records(path)}
-    mine = range(args.first + args.worker, args.first + args.count, args.workers)
+    done = {r["name"] for r in read_records(path)}
     rows = [(FLOOR, None), *((name, d) for d in args.density for name in args.methods)]
-    for index in mine:
-        prompt, seed = prompts[index], index
-        missing = [(n, d) for n, d in rows if (title(n, d), prompt) not in done]
-        if not missing or time.monotonic() - began > args.limit:
-            continue
-        dense = generate(pipe, [prompt], [seed], **call_of(args))
-        for name, density in missing:
-            if time.monotonic() - began > args.limit:
-                break
-            record: dict[str, Any] = {"name": title(name, density), "method": name, "target": density, "prompt": prompt}
-            try:
-                if density is None:
-                    clips = generate(pipe, [prompt], [seed + 1000], **call_of(args))
-                    made = {"frames": clips.frames[0], "density": 1.0, "seconds": clips.denoise_seconds}
-                else:
-                    made = one_run(pipe, name, density, prompt, seed, args)
-                frames = made.pop("frames")
-                record |= evaluate_pair(frames, dense.frames[0], args.metrics, device=args.device) | made
-                record["dense_seconds"] = dense.denoise_seconds
-                if density is not None and index - args.first < PROBED:
-                    record |= probed(pipe, name, density, prompt, seed, args)
-            except ValueError as error:
-                record["error"] = str(error)
+    mine = [(n, d) for n, d in rows[args.worker :: args.workers] if title(n, d) not in done]
+    dense: dict[int, Any] = {}
+    for name, density in mine:
+        if time.monotonic() - began > args.limit:
+            break
+        records: list[dict[str, Any]] = []
+        for first in range(0, len(prompts), args.batch):
+            group, numbers = prompts[first : first + args.batch], seeds[first : first + args.batch]
+            if first not in dense:
+                dense[first] = generate(pipe, group, numbers, **call_of(args)).frames
+            records += row(pipe, name, density, group, numbers, dense[first], args)
+        if density is not None and "error" not in records[0]:
+            records[0] |= probed(pipe, name, density, prompts[:PROBED], seeds[:PROBED], args)
+        for record in records:
             append_record(path, record)
-            told = record.get("error") or f"{record['psnr']:.2f} dB at {record['density']:.3f}"
-            print(f"{time.monotonic() - began:6.1f} s  {record['name']:18} {prompt[:20]:20} {told[:90]}", flush=True)
+        told = records[0].get("error") or f"{mean(records, 'psnr'):.2f} dB at {records[0]['density']:.3f}"
+        print(f"{time.monotonic() - began:6.1f} s  {title(name, density):20} {told[:90]}", flush=True)
+
+
+def row(
+    pipe: Any,
+    name: str,
+    density: float | None,
+    prompts: list[str],
+    seeds: list[int],
+    dense: Any,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Records of one row for one batch of prompts."""
+    base = [{"name": title(name, density), "method": name, "target": density, "prompt": p} for p in prompts]
+    try:
+        if density is None:
+            frames = generate(pipe, prompts, [seed + 1000 for seed in seeds], **call_of(args)).frames
+            made: dict[str, Any] = {"density": 1.0}
+        else:
+            frames, made = one_run(pipe, name, density, prompts, seeds, args)
+    except ValueError as error:
+        return [{**record, "error": str(error)} for record in base]
+    return [
+        {**record, **evaluate_pair(clip, reference, args.metrics, device=args.device), **made}
+        for record, clip, reference in zip(base, frames, dense, strict=True)
+    ]
+
+
+def rehearse(args: argparse.Namespace) -> None:
+    """Compile the kernels of this worker's share of the methods, so that the workers do not all compile the same."""
+    pipe = load(args.model, torch.device(args.device))
+    short = {**call_of(args), "num_inference_steps": 4, "num_frames": min(args.frames, 17)}
+    for name in args.methods[args.worker :: args.workers]:
+        if get_method(name).static:
+            continue
+        with dit_accel.enabled(pipe, name, density=0.5, warmup=0.25):
+            generate(pipe, ["a ball"], [0], decode=False, **short)
 
 
 def title(name: str, density: float | None) -> str:
@@ -295,7 +329,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.worker is not None:
         torch.set_num_threads(1)
-        work(args)
+        rehearse(args) if args.rehearse else work(args)
         return
     found = gpus()
     where = found[0]["name"] if args.device == "cuda" else "CPU"
@@ -305,8 +339,14 @@ def main() -> None:
     write_json(args.out / "settings.json", {"settings": settings, "device": where, "versions": versions()})
     began = time.monotonic()
     calibrate(args, read_prompts(args))
-    left = args.limit - (time.monotonic() - began)
     command = [sys.executable, __file__, *sys.argv[1:]]
+    if args.device == "cuda":
+        compilers = ["--rehearse", "--workers", "14"]  # compiling is the host's work
+        starting = [subprocess.Popen([*command, *compilers, "--worker", str(i)]) for i in range(14)]
+        if any(process.wait() for process in starting):
+            raise SystemExit("a method failed in the rehearsal")
+        print(f"rehearsed in {time.monotonic() - began:.0f} s", flush=True)
+    left = args.limit - (time.monotonic() - began)
     more = [] if math.isinf(left) else ["--limit", f"{left:.0f}"]
     running = [subprocess.Popen([*command, "--worker", str(i), *more]) for i in range(args.workers)]
     failed = [process.wait() for process in running]

@@ -19,18 +19,26 @@ from dit_accel.api import (
     status,
     supported_models,
 )
+from dit_accel.blend import Blend
 from dit_accel.functional import block_sparse_attention
+from dit_accel.gate import Gate, GateInfo
 from dit_accel.geometry import TokenGeometry
+from dit_accel.learned import BlockFeatures, register_scorer
 from dit_accel.ledger import LayerStatus, RunStatus
 from dit_accel.logging import set_verbosity
 from dit_accel.mask import BlockMask
 from dit_accel.method import Method
+from dit_accel.presets import register_method
 from dit_accel.simulator import Proposal, Simulation, propose, simulate
 from dit_accel.static_plan import StaticPlan
 
 __all__ = [
     "Adapter",
+    "Blend",
+    "BlockFeatures",
     "BlockMask",
+    "Gate",
+    "GateInfo",
     "Handle",
     "LayerStatus",
     "Method",
@@ -48,6 +56,8 @@ __all__ = [
     "enabled",
     "methods",
     "propose",
+    "register_method",
+    "register_scorer",
     "set_verbosity",
     "simulate",
     "status",

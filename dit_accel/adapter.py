@@ -34,6 +34,7 @@ class Adapter:
         blocks: names of the ``ModuleList`` children of the transformer that hold the blocks.
         attention: names of the self-attention module inside a block.
         geometry: reads the token geometry of a forward call.
+        cross: names of the cross-attention module inside a block, for methods that override its output.
         task: ``"video"`` or ``"image"``.
         note: one line for ``dit-accel models``.
     """
@@ -45,6 +46,7 @@ class Adapter:
     geometry: GeometryFn
     task: str = "video"
     note: str = ""
+    cross: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,17 @@ class AttentionRun(Protocol):
         key_valid: Tensor | None,
         dense: DenseFn,
     ) -> Tensor:
-        """Self-attention of one layer. ``[B, S, H, D]`` in and out; ``key_valid`` is bool ``[B, S]`` or ``None``."""
+        """Self-attention of one layer. ``[B, S, H, D]`` in and out; ``key_valid`` is bool ``[B, Sk]`` or ``None``.
+
+        Keys may be more than queries: those behind the tokens of the geometry are a control method's own.
+        """
+
+    @property
+    def wants_cross(self) -> bool:
+        """Whether outputs of cross-attention go through :meth:`cross`."""
+
+    def cross(self, layer: int, output: Tensor) -> Tensor:
+        """What stands for the cross-attention output ``[B, S, C]`` of the block of a layer."""
 
     def decline(self, layer: int, reason: str) -> None:
         """Count a call that the integration sent to dense attention itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel._specs import parse_spec
 from dit_accel.adapter import Adapter
+from dit_accel.blend import Blend
 from dit_accel.ledger import Status
 from dit_accel.logging import get_logger
 from dit_accel.method import Method
+from dit_accel.pattern import PATTERNS
 from dit_accel.presets import get_method, load_methods
 from dit_accel.registry import Installation, adapters, find_adapter, install
 from dit_accel.runtime import ModelRun
@@ -65,6 +68,47 @@ class Handle:
         for name in [component] if component is not None else list(self._installed):
             if name in self._installed:
                 self._installed.pop(name).undo()
+                self.runs[name].blends.clear()
+
+    def blend(
+        self,
+        u: float,
+        heads: Mapping[int, Collection[int] | None] | None = None,
+        *,
+        steps: Collection[int] | None = None,
+        branch: str | None = None,
+        component: str | None = None,
+    ) -> Blend:
+        """Blend the output of chosen heads with their values: ``O <- (1 - u) O + u V`` (SoftPAG, arXiv 2506.10978).
+
+        On sparse and on dense calls alike, until :meth:`Blend.remove <dit_accel.blend.Blend.remove>` or :meth:`disable`.
+        Several blends are applied one after the other.
+
+        Args:
+            u: weight of the values, from 0 to 1. A head with weight 1 attends to nothing but each token itself.
+            heads: lists of heads by layer number, ``None`` for all heads of a layer; left out, all heads of all layers.
+            steps: denoising steps at which it applies, such as ``range(5, 20)``; left out, all.
+            branch: guidance branch, such as ``"uncond"``; left out, all.
+            component: one transformer by name; left out, all of them.
+
+        Returns:
+            The blend, to remove it.
+
+        Raises:
+            ValueError: a value out of range, an unknown component, or a handle that is disabled.
+        """
+        if component is not None and component not in self._installed:
+            raise ValueError(f"component must be one of {', '.join(self._installed) or 'none'}, got {component!r}")
+        if not self._installed:
+            raise ValueError("this handle is disabled; enable again before blending")
+        made = Blend(u, heads, steps=steps, branch=branch)
+        runs = [run for name, run in self.runs.items() if component in (None, name) and name in self._installed]
+        for run in runs:
+            made.check(len(run.layers))
+        for run in runs:
+            run.blends.append(made)
+            made.on_remove(run.forget_blend)
+        return made
 
     def stats(self) -> Status:
         """What each transformer computed in its latest run. Waits for the device."""
@@ -210,12 +254,25 @@ def _choose(method: str | Method | None, overrides: dict[str, Any]) -> Method:
     if method is None and not _SLOTS & set(overrides):
         method = "auto"
     if method is not None:
-        return get_method(method).replace(**overrides) if overrides else get_method(method)
-    orders = overrides.get("order", "raster")
+        chosen = get_method(method).replace(**overrides) if overrides else get_method(method)
+    else:
+        chosen = _compose(overrides)
+    if "select" in overrides and chosen.is_geometric:
+        raise ValueError(
+            f"select={overrides['select']!r} cannot go with score={chosen.score!r}: a pattern has chosen its blocks "
+            "already; leave select out, or give a score that looks at the data"
+        )
+    return chosen
+
+
+def _compose(slots: dict[str, Any]) -> Method:
+    """A method of slots alone. Where several orders are given, each head chooses by what its slots allow."""
+    orders = slots.get("order", "raster")
     several = orders == "axes" or (not isinstance(orders, str) and len(orders) > 1)
-    if several and "order_choice" not in overrides:
-        overrides = {**overrides, "order_choice": "recall"}
-    return Method(name="custom", summary="Slots given by keyword.").replace(**{"density": None, **overrides})
+    if several and "order_choice" not in slots:
+        pattern = parse_spec(slots.get("score", "mass")).name in PATTERNS
+        slots = {**slots, "order_choice": "mse" if pattern else "recall"}
+    return Method(name="custom", summary="Slots given by keyword.").replace(**{"density": None, **slots})
 
 
 def _install(target: Any, method: Method, modules: dict[str, nn.Module], runs: dict[str, ModelRun]) -> Handle:
@@ -337,7 +394,8 @@ def calibrate(
 ) -> StaticPlan:
     """Find the static plan of one transformer by dense runs, two for each prompt.
 
-    The first pass finds the token order of each head, the second the mass of each block in it.
+    The first pass finds the token order of each head, the second the mass of each block in it. Methods with a pattern
+    and candidate windows (``"sta_search"``) need one pass only.
 
     Args:
         pipe: a diffusers pipeline.
@@ -366,7 +424,7 @@ def calibrate(
     run = ModelRun(chosen, model=type(module).__name__, min_tokens=0, module=module)
     run.recorder = Recorder(chosen)
     with _install(pipe, chosen, {component: module}, {component: run}):
-        for phase in ("order", "mask"):
+        for phase in run.recorder.phases:
             if phase == "mask":
                 run.recorder.next_phase()
             for prompt in prompts:

@@ -24,12 +24,12 @@ __all__ = ["PlanContext", "valid_in_block_order"]
 def valid_in_block_order(key_valid: Tensor | None, order: TokenOrder | None) -> Tensor | None:
     """Move a key-valid vector ``[B, S]`` to block order.
 
-    Every order moves the visual tokens among themselves and puts the others in the same places, and only those others can
-    be invalid, so one row of the table serves all heads.
+    Every order moves the visual tokens among themselves and puts the others in the same places, so the order of the first
+    head serves all of them unless visual tokens are masked; for those see :mod:`dit_accel.masked`.
     """
     if key_valid is None or order is None:
         return key_valid
-    return key_valid[:, order.table[0].long()]
+    return key_valid[:, order.table.index_select(0, order.head[:1])[0].long()]
 
 
 @dataclass(eq=False)
@@ -53,6 +53,8 @@ class PlanContext:
         dense_out: output of dense attention ``[B, H, S, D]`` where this step has computed it, or ``None``.
         order: token order of the queries, once chosen.
         key_order: token order of the keys and values, once chosen; the same as ``order`` unless content decides.
+        candidate_levels: levels ``[1, N, Qb, Kb]`` of the pattern under each candidate order, on the device, where a head
+            chooses the order of a pattern.
         cost: work done for the plan so far, in dense attentions of this layer; see :meth:`spend`.
     """
 
@@ -72,6 +74,7 @@ class PlanContext:
     dense_out: Tensor | None = None
     order: TokenOrder | None = None
     key_order: TokenOrder | None = None
+    candidate_levels: Tensor | None = None
     cost: float = 0.0
 
     def spend(self, cost: float) -> None:

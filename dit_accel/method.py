@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_accel._specs import Registry, parse_spec
 from dit_accel.choice import CHOICES
+from dit_accel.combination import check_combination, keeps_data
 from dit_accel.compensate import COMPENSATIONS, make_compensation
 from dit_accel.content import CONTENT_ORDERS
 from dit_accel.geometry import TokenGeometry
@@ -158,6 +159,7 @@ class Method:
             object.__setattr__(self, "density", _DEFAULT_DENSITY)
         WindowSpec(-1 if self.window is None else self.window, 1, self.dilation, self.causal)
         self._check_combination()
+        check_combination(self)
 
     def _check_slots(self) -> None:
         for name in self.order:
@@ -242,8 +244,8 @@ class Method:
 
     @property
     def plans_from_data(self) -> bool:
-        """Whether a plan looks at queries and keys; a pattern in a fixed order does not."""
-        if not self.is_geometric or make_compensation(self.compensate).needs_dense:
+        """Whether a plan looks at queries and keys; a pattern in a fixed order does not, unless its compensation does."""
+        if not self.is_geometric or keeps_data(self.compensate):
             return True
         return parse_spec(self.order_choice).name != "fixed"
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
 
 from dit_accel.adapter import StepInfo
+from dit_accel.compensate import make_compensation
 from dit_accel.method import Method
 
-__all__ = ["Action", "Policy"]
+__all__ = ["Action", "Course", "Policy"]
 
 _EPS = 1e-6
 
@@ -21,6 +24,20 @@ class Action(Enum):
     DENSE_AND_PLAN = "dense and plan"
     PLAN = "plan"
     SPARSE = "sparse"
+
+
+class Course(NamedTuple):
+    """What a layer does over a run, similarity aside.
+
+    Attributes:
+        dense: steps with dense attention, those that plan among them.
+        sparse: steps with sparse attention.
+        plans: plans made.
+    """
+
+    dense: int
+    sparse: int
+    plans: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,16 @@ class Policy:
         """Whether plans are made from the log-sum-exp of a dense step."""
         return self.method.needs_lse
 
+    @property
+    def compares(self) -> bool:
+        """Whether each plan compares its output with that of dense attention."""
+        return make_compensation(self.method.compensate).needs_dense
+
+    @property
+    def dense_plans(self) -> bool:
+        """Whether every plan is made on a dense step, refreshes included."""
+        return self.compares or self.method.reuse_rules.every_dense
+
     def warming(self, step: StepInfo) -> bool:
         """Whether the call is dense because the run has just begun.
 
@@ -88,19 +115,36 @@ class Policy:
         """Whether the step at which the plan is made computes dense attention.
 
         It does after a warm-up. Without one the log-sum-exp is computed on its own, so that models
-        of few steps have no dense step.
+        of few steps have no dense step; see :attr:`dense_plans` for those that always have one.
         """
+        if self.dense_plans:
+            return True
         known = (step.step is not None and bool(step.steps)) or step.progress is not None
         return self.needs_lse and self.method.warmup > 0 and known
 
-    def refreshes(self, step: StepInfo, planned_at: int | None) -> bool:
-        """Whether an existing plan, made at step ``planned_at``, is made again on this call."""
+    def refreshes(self, step: StepInfo, planned_at: int | None, turned: bool = False) -> bool:
+        """Whether an existing plan, made at step ``planned_at``, is made again on this call.
+
+        Without known steps only what was observed (``turned``) can say so.
+        """
+        if turned:
+            return True
         if step.step is None or planned_at is None:
             return False
         every = self.method.reuse_rules.every
         if every and step.step >= planned_at + every:
             return True
         return bool(step.steps) and any(planned_at < s <= step.step for s in self.refresh_steps(step.steps or 0))
+
+    def refreshes_later(self, step: StepInfo) -> bool:
+        """Whether a later plan may want the log-sum-exp of one that is made now."""
+        rules = self.method.reuse_rules
+        if not self.needs_lse:
+            return False
+        if rules.similar or (rules.every and step.step is not None):
+            return True
+        known = step.step is not None and bool(step.steps)
+        return known and any(s > (step.step or 0) for s in self.refresh_steps(step.steps or 0))
 
     def dense_turn(self, step: StepInfo) -> bool:
         """Whether this is one of the dense steps that ``dense_every`` puts between sparse ones."""
@@ -110,17 +154,9 @@ class Policy:
         after = step.step - self.warmup_steps(step.steps)
         return after >= 0 and (after + 1) % every == 0
 
-    def dense_turns(self, steps: int) -> int:
-        """Number of steps that ``dense_every`` makes dense."""
-        every = self.method.dense_every
-        return max(self.sparse_end(steps) - self.warmup_steps(steps), 0) // every if every else 0
-
-    def plan_times(self, steps: int) -> int:
-        """Times that a plan is made again in a run of ``steps``, similarity aside."""
-        fixed = len(self.refresh_steps(steps))
-        every = self.method.reuse_rules.every
-        span = max(self.sparse_end(steps) - self.warmup_steps(steps), 0)
-        return max(fixed, span // every) if every else fixed
+    def course(self, steps: int) -> Course:
+        """What a layer does over a run of ``steps``."""
+        return _course(self, steps)
 
     def too_late(self, step: StepInfo) -> bool:
         """Whether too few sparse steps follow for a plan from exact mass to pay for itself."""
@@ -137,8 +173,8 @@ class Policy:
         warm = step.step is None or not step.steps or step.step < self.warmup_steps(step.steps)
         return "warm-up" if warm else "too few steps are left for a plan to pay"
 
-    def action(self, step: StepInfo, planned: bool, planned_at: int | None) -> Action:
-        """What to do, for a layer and branch that has a plan or not."""
+    def action(self, step: StepInfo, planned: bool, planned_at: int | None, turned: bool = False) -> Action:
+        """What to do, for a layer and branch that has a plan or not; ``turned`` says that the plan was found to be old."""
         if self.dense_tail(step) or self.warming(step):
             return Action.DENSE
         if self.dense_turn(step):
@@ -151,7 +187,9 @@ class Policy:
             return Action.DENSE_AND_PLAN if self.plans_densely(step) else Action.PLAN
         if step.step is not None and step.steps and step.step < self.warmup_steps(step.steps):
             return Action.DENSE  # the last warm-up step, planned by another guidance branch
-        return Action.PLAN if self.refreshes(step, planned_at) else Action.SPARSE
+        if not self.refreshes(step, planned_at, turned):
+            return Action.SPARSE
+        return Action.DENSE_AND_PLAN if self.dense_plans else Action.PLAN
 
     def progress(self, step: StepInfo) -> float:
         """Share of the run behind the call, 0 where unknown."""
@@ -171,13 +209,25 @@ class Policy:
         Raises:
             ValueError: if what is dense and planned costs more.
         """
-        first, end = self.warmup_steps(steps), self.sparse_end(steps)
-        sparse = max(end - first, 0) - self.dense_turns(steps)
-        dense = steps - sparse
-        density = (run_density * steps - dense - planning) / max(sparse, 1) - overhead
+        dense, sparse, plans = self.course(steps)
+        tried = plans if self.compares else 0  # such a plan computes its sparse output once, to compare
+        density = (run_density * steps - dense - planning - overhead * sparse) / max(sparse + tried, 1)
         if not sparse or density <= 0:
             raise ValueError(
                 f"run_density={run_density:g} cannot be reached: {dense} of {steps} steps are dense, plans cost as much as "
                 f"{planning:.2f} dense steps and the remainder {overhead:.3f} of each sparse one; lower warmup or raise it"
             )
         return min(density, 1.0)
+
+
+@lru_cache(maxsize=256)
+def _course(policy: Policy, steps: int) -> Course:
+    """Go through a run of one layer."""
+    planned_at: int | None = None
+    dense = plans = 0
+    for i in range(steps):
+        action = policy.action(StepInfo(step=i, steps=steps), planned_at is not None, planned_at)
+        dense += action in (Action.DENSE, Action.DENSE_AND_PLAN)
+        if action in (Action.PLAN, Action.DENSE_AND_PLAN):
+            plans, planned_at = plans + 1, i
+    return Course(dense, steps - dense, plans)

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dit_accel.adapter import DenseFn, StepInfo
-from dit_accel.compensate import make_compensation
+from dit_accel.blend import Blend
 from dit_accel.context import PlanContext
+from dit_accel.cross import CrossCache
+from dit_accel.eligibility import Eligibility
 from dit_accel.geometry import TokenGeometry
+from dit_accel.layer_state import LayerState
 from dit_accel.ledger import SCHEDULED, Ledger, RunStatus
 from dit_accel.logging import get_logger, warn_once
 from dit_accel.mask import ListCache
+from dit_accel.masked import fill_blind
 from dit_accel.method import Method
-from dit_accel.pattern import PATTERNS
-from dit_accel.plan import Plan, execute
+from dit_accel.more_keys import MoreKeys
+from dit_accel.plan import Plan, execute_with_lse
 from dit_accel.planner import Planner
 from dit_accel.policy import Action, Policy
+from dit_accel.score import SCORES
 from dit_accel.static_plan import Recorder, StaticPlan
-from dit_accel_kernels import attention_lse, choose_backend, dense_attention
-from dit_accel_kernels.backends import require_backend
+from dit_accel.work import LayerRoles
+from dit_accel_kernels import attention_lse, dense_attention
 
 __all__ = ["ModelRun"]
 
@@ -34,22 +37,25 @@ _LIST_BYTES = 2 << 30
 _NOT_FINITE = "attention scores were not finite: NaN or infinity in q or k"
 
 
-@dataclass
-class _LayerState:
-    """What a layer remembers for one guidance branch and batch size."""
+class _Call(NamedTuple):
+    """One attention call, ``[B, H, S, D]`` in natural order; keys of the sequence alone."""
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_valid: Tensor | None
+    scale: float | None
+    geometry: TokenGeometry
+    more: MoreKeys | None
+
+
+class _Decision(NamedTuple):
+    """What a call does: a plan to carry out, or the dense output and log-sum-exp of a planning step, or why it is dense."""
 
     plan: Plan | None = None
-    planned_at: int | None = None
-    branch: str = ""
-    memory: dict[str, Any] = field(default_factory=dict)
-
-    def forget_if_again(self, step: int | None, branch: str) -> None:
-        """Drop a plan whose step comes again: the run that made it was interrupted."""
-        if step is None or self.planned_at is None:
-            return
-        if step < self.planned_at or (step == self.planned_at and branch == self.branch):
-            self.plan, self.planned_at = None, None
-            self.memory.clear()
+    dense: tuple[Tensor, Tensor] | None = None
+    reason: str = ""
 
 
 class ModelRun:
@@ -84,7 +90,6 @@ class ModelRun:
         self.method = method
         self.model = model
         self.backend = backend
-        self.min_tokens = min_tokens
         self.run_density = run_density
         self.static = static
         self._module = None if module is None else weakref.ref(module)
@@ -93,12 +98,15 @@ class ModelRun:
         self.planner = Planner(method)
         self.ledger = Ledger()
         self.layers = layers
-        self._dense_layers: set[int] = set()
-        self._states: dict[tuple[int, str, int], _LayerState] = {}
+        self.blends: list[Blend] = []
+        self._roles = LayerRoles()
+        self._states: dict[tuple[int, str, int, bool], LayerState] = {}
+        self._branches: set[str] = set()
         self._geometry: TokenGeometry | str = "the transformer was not entered through its forward"
         self._step = StepInfo()
-        self._backends: dict[tuple[Any, ...], tuple[str, str | None]] = {}
+        self._eligible = Eligibility(method, backend, min_tokens, static)
         self._lists = ListCache(_LIST_BYTES)
+        self._cross = CrossCache(method.cross_attention)
         self._fresh = True
 
     @property
@@ -110,20 +118,21 @@ class ModelRun:
         """Name the layers, once the integration has found them.
 
         Raises:
-            ValueError: if the method's ``dense_layers`` name layers that do not exist.
+            ValueError: if the method names layers that do not exist, or its scorer does not fit the model.
         """
         self.layers = layers
-        count = len(layers)
-        bad = [i for i in self.method.dense_layers if not -count <= i < count]
-        if bad:
-            raise ValueError(f"dense_layers must lie in {-count}..{count - 1}, got {bad}")
-        self._dense_layers = {i % count for i in self.method.dense_layers}
+        self._roles = LayerRoles.of(self.policy, len(layers))
+        check = None if self.method.is_geometric else SCORES.trait(self.method.score, "check")
+        if check is not None:
+            check(self.method, self.model, layers)
 
     def begin_forward(self, geometry: TokenGeometry | str, step: StepInfo) -> None:
         """Take over the geometry and the step of the forward call that starts."""
         begins, self._fresh = self._fresh, False
         if begins:
             self.ledger = Ledger()
+            self._branches.clear()
+        self._branches.add(step.branch)
         if geometry != self._geometry:
             self._states.clear()  # plans of another grid may have as many tokens
         self._geometry = geometry
@@ -136,12 +145,22 @@ class ModelRun:
         """End of a run: forget its plans. What was counted stays until the next run begins."""
         self._states.clear()
         self._lists.clear()
+        self._cross.clear()
         self._fresh = True
         self.ledger.warn_if_all_dense(self.model, self.method.is_dense or self.recorder is not None)
 
     def decline(self, layer: int, reason: str) -> None:
         """Count a call that the integration sent to dense attention itself."""
         self._count_dense(layer, reason)
+
+    @property
+    def wants_cross(self) -> bool:
+        """Whether :meth:`cross` has to be called."""
+        return self._cross.wanted
+
+    def cross(self, layer: int, output: Tensor) -> Tensor:
+        """What stands for the cross-attention output ``[B, S, C]`` of a layer; see :class:`CrossCache`."""
+        return self._cross.override(layer, self._step.branch, output)
 
     def status(self) -> RunStatus:
         """What was computed in the latest run. Waits for the device."""
@@ -158,130 +177,208 @@ class ModelRun:
         key_valid: Tensor | None,
         dense: DenseFn,
     ) -> Tensor:
-        """Self-attention of one layer, ``[B, S, H, D]`` in and out."""
-        reason = self._why_dense(query, layer)
+        """Self-attention of one layer, ``[B, S, H, D]`` in and out.
+
+        Args:
+            query: as many tokens as the geometry.
+            key: like ``query``, or with further keys behind, which every query sees.
+            value: like ``key``.
+            layer: index of the layer.
+            scale: factor of the logits, ``D ** -0.5`` if ``None``.
+            key_valid: bool ``[B, Sk]``, false for keys that nobody sees, visual ones among them if need be.
+            dense: what to call for dense attention.
+        """
+        out = self._attend(query, key, value, layer, scale, key_valid, dense)
+        return self.blended(out, value, layer) if self.blends else out
+
+    def blended(self, out: Tensor, value: Tensor, layer: int) -> Tensor:
+        """The output ``[B, S, H, D]`` of a layer after the blends in force; see :class:`Blend`."""
+        for blend in self.blends:
+            if blend.applies(layer, self._step):
+                out = blend.apply(out, value, layer)
+        return out
+
+    def forget_blend(self, blend: Blend) -> None:
+        """Take a blend out of force, if it is."""
+        if blend in self.blends:
+            self.blends.remove(blend)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: int,
+        scale: float | None,
+        key_valid: Tensor | None,
+        dense: DenseFn,
+    ) -> Tensor:
+        reason = self._why_dense(query, key, key_valid, layer)
         if reason is not None:
             self._count_dense(layer, reason)
             return dense(query, key, value)
         geometry = self._geometry
         assert isinstance(geometry, TokenGeometry)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        k, v, key_valid, more = MoreKeys.split(k, v, key_valid, geometry.tokens)
         if self.recorder is not None:
             self._count_dense(layer, "calibration")
+            if more is not None:
+                return dense(query, key, value)
             out, lse = dense_attention(q, k, v, scale=scale, key_valid=key_valid)
             self.recorder.observe(self, q, k, lse, layer, self._step, geometry, scale, key_valid)
             return out.transpose(1, 2)
-        state = self._state(layer, q)
-        plan, dense_out = self._plan_for(state, q, k, v, layer, geometry, scale, key_valid)
-        if dense_out is not None:
-            self._count_dense(layer, "planning step")
-            return dense_out.transpose(1, 2)
-        if plan is None:
-            self._count_dense(layer, self.policy.dense_reason(self._step))
+        call = _Call(layer, q, k, v, key_valid, scale, geometry, more)
+        decision = self._decide(call)
+        if decision.plan is not None:
+            return self._sparse(call, decision.plan).transpose(1, 2)
+        self._count_dense(layer, decision.reason)
+        if decision.dense is None:
             return dense(query, key, value)
-        backend = self.ledger.backend
+        out, lse = decision.dense
+        return (out if more is None else more.join(q, out, lse, scale)[0]).transpose(1, 2)
+
+    def _sparse(self, call: _Call, plan: Plan) -> Tensor:
+        """Carry out a plan, ``[B, H, S, D]``."""
+        q, scale, more = call.query, call.scale, call.more
         for part in plan.parts or (plan,):
             self._lists.touch(part.mask)
         factor = self.method.logit_factor(q.shape[2])
         if factor != 1.0:
             scale = factor * (q.shape[-1] ** -0.5 if scale is None else scale)
-        out = execute(plan, q, k, v, scale=scale, key_valid=key_valid, backend=backend)
-        return out.transpose(1, 2)
+        # Without text every mask hides visual tokens, and may hide all that a query's blocks hold.
+        hides = call.key_valid is not None and call.geometry.extra == 0
+        out, lse = execute_with_lse(
+            plan,
+            q,
+            call.key,
+            call.value,
+            scale=scale,
+            key_valid=call.key_valid,
+            backend=self.ledger.backend,
+            want_lse=more is not None or hides,
+        )
+        if more is not None and lse is not None:
+            out, lse = more.join(q, out, lse, scale)
+        if hides and lse is not None and call.key_valid is not None:
+            out = fill_blind(out, lse, call.value, call.key_valid)
+        return out
 
-    def _why_dense(self, query: Tensor, layer: int) -> str | None:
+    def _why_dense(self, query: Tensor, key: Tensor, key_valid: Tensor | None, layer: int) -> str | None:
         """Reason why this call stays dense whatever the schedule, or ``None``."""
         if self.method.is_dense:
             return "method 'dense'"
         if isinstance(self._geometry, str):
             return self._geometry
-        if layer in self._dense_layers:
+        calibrating = self.recorder is not None
+        if layer in self._roles.dense and (layer not in self._roles.planners or calibrating):
             return "dense layer"
-        tokens = query.shape[1]
-        reason = self._geometry.check(tokens)
+        reason = self._eligible.why_dense(query, key, key_valid, layer, self._geometry, calibrating=calibrating)
         if reason is not None:
             return reason
-        if tokens < self.min_tokens:
-            return f"{tokens} tokens are fewer than min_tokens={self.min_tokens}"
-        if self._geometry.grid is None and self._needs_grid:
-            return f"method {self.method.name!r} needs a grid, the geometry is {self._geometry}"
-        if query.requires_grad and torch.is_grad_enabled():
-            return "gradients are needed, sparse attention is for inference"
-        return self._why_no_static(layer, query.shape[2]) or self._why_no_backend(query)
+        name, reason = self._eligible.backend(query)
+        self.ledger.backend = "" if reason else name
+        return reason
 
-    @property
-    def _needs_grid(self) -> bool:
-        """Whether the method cannot do without frames, height and width."""
-        if self.method.is_geometric and PATTERNS.trait(self.method.score, "needs_grid", True):
-            return True
-        return self.method.order != ("raster",) and self.method.content_order is None
-
-    def _why_no_static(self, layer: int, heads: int) -> str | None:
-        if not self.method.static or self.recorder is not None:
-            return None
-        if self.static is None:
-            return f"method {self.method.name!r} needs a plan from calibrate()"
-        return self.static.why_not(self._geometry, layer, heads)
-
-    def _state(self, layer: int, q: Tensor) -> _LayerState:
+    def _state(self, call: _Call) -> LayerState:
+        """State of the layer whose plans this call uses. Masked calls have their own: their plans know the mask."""
         branch = "" if self.method.branches == "shared" else self._step.branch
-        return self._states.setdefault((layer, branch, q.shape[0]), _LayerState())
+        key = (self._roles.leads(call.layer), branch, call.query.shape[0], call.key_valid is not None)
+        return self._states.setdefault(key, LayerState())
 
-    def _plan_for(
-        self,
-        state: _LayerState,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: int,
-        geometry: TokenGeometry,
-        scale: float | None,
-        key_valid: Tensor | None,
-    ) -> tuple[Plan | None, Tensor | None]:
-        """The plan of this call, or the dense output of a planning step, or neither on dense steps."""
+    def _decide(self, call: _Call) -> _Decision:
+        """What this call does, planning if it is time."""
         if self.static is not None:
-            plan = self.static.plan(self.planner, geometry, layer, self._step, q.device)
-            self._count_sparse(plan, layer, reused=True)
-            return plan, None
-        state.forget_if_again(self._step.step, self._step.branch)
-        known = state.plan if state.plan is not None and state.plan.matches(q) else None
-        action = self.policy.action(self._step, known is not None, state.planned_at)
+            if self.policy.action(self._step, True, None) is Action.DENSE:
+                return _Decision(reason=self.policy.dense_reason(self._step))
+            plan = self.static.plan(self.planner, call.geometry, call.layer, self._step, call.query.device)
+            return self._carry_out(call, plan, reused=True)
+        state, leader = self._state(call), self._roles.leads(call.layer)
+        follows = leader != call.layer
+        state.forget_if_again(self._step.step, self._step.branch, follows=follows)
+        known = state.plan if state.plan is not None and state.plan.matches(call.query) else None
+        if follows:
+            return self._follow(call, known, state, leader)
+        turned = state.has_turned() if known is not None and state.branch == self._step.branch else False
+        action = self.policy.action(self._step, known is not None, state.planned_at, turned)
         if action is Action.DENSE:
-            return None, None
+            return _Decision(reason=self.policy.dense_reason(self._step))
         if not self.method.plans_from_data:
-            if known is None:
-                with self.ledger.timer.measure(q.device):
-                    density = self._density(geometry)
-                    known = state.plan = self.planner.pattern_plan(geometry, q.device, density, q.shape[1], layer)
-            self._count_sparse(known, layer, reused=True)
-            return known, None
+            return self._carry_out(call, known or self._pattern_plan(call, state), reused=True)
+        dense_leader = call.layer in self._roles.dense
         if action is Action.SPARSE:
             assert known is not None
-            self._count_sparse(known, layer, reused=True)
-            return known, None
-        out, extra = None, 0.0
-        lse = known.lse if known is not None else None
-        if action is Action.DENSE_AND_PLAN:  # the attention of this step, not a cost of planning
-            out, lse = dense_attention(q, k, v, scale=scale, key_valid=key_valid)
+            state.watch(call.query, call.key_valid, self.method.reuse_rules.similar, self._step.branch)
+            return _Decision(reason="dense layer") if dense_leader else self._carry_out(call, known, reused=True)
+        out = None
+        if action is Action.DENSE_AND_PLAN or dense_leader:  # the attention of this step, not a cost of planning
+            out = dense_attention(call.query, call.key, call.value, scale=call.scale, key_valid=call.key_valid)
+        plan = self._plan(call, state, known, out)
+        if out is not None:
+            return _Decision(dense=out, reason="dense layer" if dense_leader else "planning step")
+        return self._carry_out(call, plan, reused=False)
+
+    def _follow(self, call: _Call, known: Plan | None, state: LayerState, leader: int) -> _Decision:
+        """What a layer does that uses the plans of another."""
+        action = self.policy.action(self._step, known is not None, state.planned_at)
+        if action is Action.DENSE:
+            return _Decision(reason=self.policy.dense_reason(self._step))
+        if known is None or known.heads not in (1, call.query.shape[1]):
+            return _Decision(reason=f"leader layer {leader} has no plan for this call")
+        if known.order is not None and not known.parts:
+            self.ledger.orders[call.layer] = (known.order_names, known.order.head)
+        return self._carry_out(call, known, reused=True)
+
+    def _carry_out(self, call: _Call, plan: Plan, *, reused: bool) -> _Decision:
+        """Count a sparse call."""
+        self._cross.note(call.layer, sparse=True)
+        exact, extra = plan.density, plan.pooled_density + plan.gathered_density
+        if call.more is not None:
+            share = call.more.share(call.geometry.tokens)
+            exact, extra = exact * (1 - share) + share, extra * (1 - share)
+        self.ledger.count_sparse(self._step.step, call.layer, exact, extra, reused=reused)
+        return _Decision(plan)
+
+    def _pattern_plan(self, call: _Call, state: LayerState) -> Plan:
+        device = call.query.device
+        with self.ledger.timer.measure(device):
+            density = self._density(call.geometry)
+            state.plan = self.planner.pattern_plan(call.geometry, device, density, call.query.shape[1], call.layer)
+        return state.plan
+
+    def _plan(self, call: _Call, state: LayerState, known: Plan | None, out: tuple[Tensor, Tensor] | None) -> Plan:
+        """Make a plan, and put it in force."""
+        q, k, extra = call.query, call.key, 0.0
+        lse = out[1] if out is not None else known.lse if known is not None else None
         with self.ledger.timer.measure(q.device):
             if lse is None and self.policy.needs_lse:
-                lse, extra = attention_lse(q, k, scale=scale, key_valid=key_valid), 0.5
-            order = known.order if known is not None and not known.parts else None
+                lse, extra = attention_lse(q, k, scale=call.scale, key_valid=call.key_valid), 0.5
+            keeps = known is not None and not known.parts and not self.method.is_geometric
+            order = known.order if known is not None and keeps else None
             ctx = self.planner.context(
-                q, k, v, lse, geometry, density=self._density(geometry), scale=scale, key_valid=key_valid, order=order
+                q,
+                k,
+                call.value,
+                lse,
+                call.geometry,
+                density=self._density(call.geometry),
+                scale=call.scale,
+                key_valid=call.key_valid,
+                order=order,
             )
-            ctx.layer, ctx.step, ctx.memory, ctx.dense_out = layer, self._step, state.memory, out
+            ctx.layer, ctx.step, ctx.memory = call.layer, self._step, state.memory
+            ctx.dense_out = None if out is None else out[0]
             plan = self._make_plan(ctx)
-        state.plan, state.planned_at, state.branch = plan, self._step.step, self._step.branch
-        self.ledger.count_plan(self._step.step, layer, plan.cost + extra)
+            watched = q if self.method.reuse_rules.similar else None
+            state.keep(plan, self._step.step, self._step.branch, watched, call.key_valid)
+        self.ledger.count_plan(self._step.step, call.layer, plan.cost + extra)
         if plan.finite is not None:
             self.ledger.flag(_NOT_FINITE, plan.finite)
-        if out is None:
-            self._count_sparse(plan, layer, reused=False)
-        return plan, out
+        return plan
 
     def _make_plan(self, ctx: PlanContext) -> Plan:
         plan = self.planner.plan(ctx)
-        if self._will_refresh():
+        if self.policy.refreshes_later(self._step):
             plan.lse = ctx.lse
         if plan.order is not None and not plan.parts:
             self.ledger.orders[ctx.layer] = (plan.order_names, plan.order.head)
@@ -293,66 +390,19 @@ class ModelRun:
         Raises:
             ValueError: if ``run_density`` was asked for and cannot be reached, or the steps of the run are unknown.
         """
-        steps = self._step.steps
         if self.run_density is None:
             return self.policy.density(self._step)
-        if steps is None:
+        if self._step.steps is None:
             raise ValueError(
                 "run_density needs the number of steps, which this call does not tell; give density instead"
             )
-        count, kept_dense = max(len(self.layers), 1), len(self._dense_layers)
-        target = (self.run_density * count - kept_dense) / max(count - kept_dense, 1)
-        planning, pooled = 0.0, 0.0
-        if self.method.plans_from_data:
-            first, again = self.planner.costs(geometry)
-            planning = first + again * self.policy.plan_times(steps)
-            planning += 0.5 if self.policy.needs_lse and not self.policy.plans_densely(self._step) else 0.0
-        if make_compensation(self.method.compensate).pooled:
-            pooled = 1 / self.method.block_k
-        return self.policy.sparse_density(target, steps, pooled, planning)
-
-    def _will_refresh(self) -> bool:
-        step = self._step
-        if step.step is None or not step.steps or not self.policy.needs_lse:
-            return False
-        rules = self.method.reuse_rules
-        if rules.every or rules.similar:
-            return True
-        return any(s > step.step for s in self.policy.refresh_steps(step.steps))
-
-    def _why_no_backend(self, query: Tensor) -> str | None:
-        """Choose the kernel backend for this device, dtype and head size, or say why there is none.
-
-        Raises:
-            ValueError: if the backend that was asked for cannot run here.
-            RuntimeError: if it failed its self-test.
-        """
-        need: dict[str, Any] = {
-            "device": query.device,
-            "dtype": query.dtype,
-            "head_dim": query.shape[-1],
-            "block_q": self.method.block_q,
-            "block_k": self.method.block_k,
-        }
-        key = tuple(need.values())
-        if key not in self._backends:
-            if self.backend is not None:
-                require_backend(self.backend, **need)
-                self._backends[key] = (self.backend, None)
-            else:
-                name, reasons = choose_backend(**need)
-                told = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
-                missing = f"no fast backend ({told})" if name == "reference" else None
-                self._backends[key] = (name, missing)
-        name, reason = self._backends[key]
-        self.ledger.backend = "" if reason else name
-        return reason
+        branches = max(len(self._branches), 1) if self.method.branches == "shared" else 1
+        return self._roles.sparse_density(
+            self.run_density, self._step.steps, self.policy, self.planner, geometry, branches
+        )
 
     def _count_dense(self, layer: int, reason: str) -> None:
+        self._cross.note(layer, sparse=False)
         self.ledger.count_dense(self._step.step, layer, reason)
         if reason not in SCHEDULED:
             warn_once(_logger, (self.model, reason), f"{self.model} stays dense: {reason}")
-
-    def _count_sparse(self, plan: Plan, layer: int, *, reused: bool) -> None:
-        extra = plan.pooled_density + plan.gathered_density
-        self.ledger.count_sparse(self._step.step, layer, plan.density, extra, reused=reused)

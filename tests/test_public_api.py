@@ -17,7 +17,11 @@ import dit_accel_kernels
 # To change the public API: change this list, the changelog and docs/reference/ in the same commit.
 PUBLIC = [
     "Adapter",
+    "Blend",
+    "BlockFeatures",
     "BlockMask",
+    "Gate",
+    "GateInfo",
     "Handle",
     "LayerStatus",
     "Method",
@@ -35,6 +39,8 @@ PUBLIC = [
     "enabled",
     "methods",
     "propose",
+    "register_method",
+    "register_scorer",
     "set_verbosity",
     "simulate",
     "status",

@@ -44,23 +44,21 @@ class Watcher:
         self.sightings: dict[int, Sighting] = {}
 
     def __enter__(self) -> Watcher:
-        original = self._run._plan_for
+        original = self._run._sparse
 
-        def watched(state: Any, q: Tensor, k: Tensor, v: Tensor, layer: int, *args: Any) -> Any:
-            plan, out = original(state, q, k, v, layer, *args)
-            if plan is not None and out is None and layer in self._layers and layer not in self.sightings:
-                scale = args[1]
-                kept = (x[:1].detach().clone() for x in (q, k))
-                self.sightings[layer] = Sighting(layer, next(kept), next(kept), scale, plan)
-            return plan, out
+        def watched(call: Any, plan: Plan) -> Tensor:
+            if call.layer in self._layers and call.layer not in self.sightings:
+                kept = (x[:1].detach().clone() for x in (call.query, call.key))
+                self.sightings[call.layer] = Sighting(call.layer, next(kept), next(kept), call.scale, plan)
+            return original(call, plan)
 
-        self._run.__dict__["_plan_for"] = watched
+        self._run.__dict__["_sparse"] = watched
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._run.__dict__.pop("_plan_for", None)
+        self._run.__dict__.pop("_sparse", None)
 
 
 def head_maps(sightings: Sequence[Sighting]) -> list[Any]:

@@ -45,7 +45,7 @@ def _pooled_logits(ctx: PlanContext, block: int) -> Tensor:
     return logits + count.float().log()[:, None, None]
 
 
-@SCORES.register("hierarchical", paper="arXiv 2512.16615", gathers=True)
+@SCORES.register("hierarchical", paper="arXiv 2512.16615", gathers=True, keeps_density=True)
 def hierarchical(ctx: PlanContext, children: int = 8) -> Scores:
     """Top blocks inside top parents, exact; their siblings as one key each; every other parent as one key.
 

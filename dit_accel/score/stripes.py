@@ -24,7 +24,7 @@ _SEARCH_STEPS = 24
 _ROUNDING = 2e-6  # of sums in float32, less than a column of a span
 
 
-@SCORES.register("stripes", paper="arXiv 2505.23520", keeps_density=True)
+@SCORES.register("stripes", paper="arXiv 2505.23520", keeps_density=True, gathers=True)
 def stripes(ctx: PlanContext, theta: float = 12.0, step: int = 16) -> Scores:
     """Exact blocks around an anchor, and the single keys that come within ``theta`` of it.
 

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from dit_accel.adapter import AttentionRun
+from dit_accel_patches.calls import CallRule
 
 __all__ = ["ForwardState", "LayerHandle", "current", "enter", "find", "leave"]
 
@@ -24,11 +25,15 @@ class ForwardState:
     Attributes:
         run: receives the calls.
         thread: the thread inside a forward call of the transformer, ``None`` between calls.
+        rule: what the calls of this transformer need, ``None`` for nothing.
+        row: the query whose row of a mask ``[B, 1, S, S]`` says which keys are valid, ``None`` where there is none.
     """
 
-    def __init__(self, run: AttentionRun) -> None:
+    def __init__(self, run: AttentionRun, rule: CallRule | None = None) -> None:
         self.run = run
         self.thread: threading.Thread | None = None
+        self.rule = rule
+        self.row: int | None = None
 
 
 class LayerHandle:

@@ -53,10 +53,11 @@ class Layer:
             if self.skipped is not None:
                 return
             self._proxied = name
+            sdpa = not sdpa_proxy.dispatches(name)
         self._handle = LayerHandle(self._state, self.index, getattr(original, "_attention_backend", None), sdpa)
         self._original, self._before = original, dict(original.__dict__)
         self._wrapped = wrap(original, self._handle)
-        if not sdpa:
+        if self._proxied is None:
             self._wrapped._attention_backend = self._member
         self._module.processor = self._wrapped
 
@@ -76,7 +77,7 @@ class Layer:
                 return f"processors were replaced, layers stay dense: {self.skipped}"
             return f"processors were replaced by {kind} (fuse_qkv_projections does that); they are accelerated again"
         handle = self._handle
-        if handle is None or handle.sdpa or processor._attention_backend is self._member:
+        if handle is None or self._proxied is not None or processor._attention_backend is self._member:
             return None
         handle.backend = processor._attention_backend
         processor._attention_backend = self._member
@@ -110,15 +111,34 @@ class Layer:
 
 
 def find_layers(module: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
-    """Self-attention modules of a transformer with their paths, in the order of the adapter's block lists."""
-    for name in adapter.blocks:
+    """Self-attention modules of a transformer with their paths, in the order of the adapter's block lists.
+
+    ``"*"`` stands for every list of blocks, and for every attention module in a block.
+    """
+    names = [name for name, _ in module.named_children()] if "*" in adapter.blocks else adapter.blocks
+    for name in names:
         blocks = getattr(module, name, None)
         if not isinstance(blocks, nn.ModuleList):
             continue
         for index, block in enumerate(blocks):
+            if "*" in adapter.attention:
+                yield from _any_attention(block, f"{name}.{index}")
+                continue
             for attention in adapter.attention:
                 layer: Any = block
                 for part in attention.split("."):
                     layer = getattr(layer, part, None)
                 if isinstance(layer, nn.Module) and hasattr(layer, "processor"):
                     yield f"{name}.{index}.{attention}", layer
+
+
+def _any_attention(block: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Attention modules within a block, but for cross-attention that says so by the width of its keys."""
+    for name, layer in block.named_modules():
+        found: Any = layer
+        if not hasattr(found, "processor"):
+            continue
+        crosses = getattr(found, "is_cross_attention", False)
+        if crosses and found.cross_attention_dim != found.query_dim:
+            continue
+        yield f"{path}.{name}" if name else path, layer

@@ -58,8 +58,14 @@ def _attend(
     reason, key_valid = _why_not(handle, query, key, value, mask, causal, gqa)
     if reason is not None:
         run.decline(handle.index, reason)
-        return _as_promised(dense(query, key, value), query)
-    out = run.attend(query, key, value, layer=handle.index, scale=scale, key_valid=key_valid, dense=dense)
+        out = dense(query, key, value)
+        blended = getattr(run, "blended", None) if handle.state.thread is not None else None
+        return _as_promised(out if blended is None else blended(out, value, handle.index), query)
+    rule = handle.state.rule
+    if rule is None:
+        out = run.attend(query, key, value, layer=handle.index, scale=scale, key_valid=key_valid, dense=dense)
+    else:
+        out = rule.attend(run, handle.index, query, key, value, scale, key_valid, dense)
     if out.shape != query.shape:
         raise RuntimeError(f"attend() of layer {handle.index} must return {tuple(query.shape)}, got {tuple(out.shape)}")
     return _as_promised(out, query)
@@ -110,14 +116,19 @@ def _why_not(
     causal: bool,
     gqa: bool,
 ) -> tuple[str | None, Tensor | None]:
-    """Reason to stay dense, or ``None`` and the mask of valid keys ``[B, S]``."""
+    """Reason to stay dense, or ``None`` and the mask of valid keys ``[B, Sk]``.
+
+    Control methods put further keys behind those of the sequence; whether they are taken is for the run to say.
+    """
     if handle.state.thread is None:
         return "called outside a forward call of the transformer", None
     if causal:
         return "causal attention", None
-    if gqa or key.shape[2] != query.shape[2]:
+    grouped = gqa or key.shape[2] != query.shape[2]
+    if grouped and not (handle.state.rule is not None and handle.state.rule.grouped):
         return f"grouped heads: {query.shape[2]} query heads on {key.shape[2]} key heads", None
-    if query.shape != key.shape or key.shape != value.shape:
+    fits = (query.shape[0], query.shape[3]) == (key.shape[0], key.shape[3]) and key.shape[1] >= query.shape[1]
+    if not fits or key.shape != value.shape:
         return f"not self-attention: query {tuple(query.shape)}, key {tuple(key.shape)}", None
     if mask is None:
         return None, None
@@ -128,4 +139,7 @@ def _why_not(
     # For F.scaled_dot_product_attention two dimensions are (queries, keys), for diffusers (batch, keys).
     if mask.dtype == torch.bool and shape == (batch, tokens) and not handle.sdpa:
         return None, mask
+    row = handle.state.row
+    if row is not None and mask.dtype == torch.bool and shape == (batch, 1, query.shape[1], tokens):
+        return None, mask[:, 0, row, :]
     return f"attention mask of shape {shape} and {mask.dtype}; masks of valid keys [B, 1, 1, S] are supported", None

@@ -15,10 +15,13 @@ from torch import nn
 
 from dit_accel_patches.handles import LayerHandle, enter, leave
 
-__all__ = ["HANDLE", "handle_of", "plain", "why_not_wrap", "wrap"]
+__all__ = ["CALLS", "HANDLE", "handle_of", "plain", "why_not_wrap", "wrap"]
 
 #: Instance attribute that holds the :class:`LayerHandle` of a wrapped processor.
 HANDLE = "_dit_accel"
+
+#: Calls of ours in place of ``__call__`` of processor classes, by the name of the class; adapters put them here.
+CALLS: dict[str, Any] = {}
 
 _subclasses: dict[type, type] = {}
 
@@ -69,7 +72,7 @@ def _subclass(cls: type) -> type:
     """The wrapped form of a processor class, one per class and process."""
     if cls in _subclasses:
         return _subclasses[cls]
-    original: Any = cls.__call__
+    original: Any = CALLS.get(cls.__name__, cls.__call__)
 
     # wraps: models read the signature and drop every argument that is not named in it, RoPE included.
     @functools.wraps(original)

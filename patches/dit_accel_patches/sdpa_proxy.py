@@ -1,7 +1,8 @@
 """For models that call ``F.scaled_dot_product_attention`` themselves: a stand-in for the name ``F`` of their file.
 
 ``torch.nn.functional`` is left alone. Only the module attribute ``F`` of the file that defines the processor is exchanged,
-for as long as some transformer needs it, and whatever is not a layer of ours passes straight through.
+for as long as some transformer needs it, and whatever is not a layer of ours passes straight through. Likewise the name
+``dispatch_attention_fn`` of a file whose processors call it without a backend of their own (Cosmos).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel_patches.backend import why_eager_only
+from dit_accel_patches.backend import ensure_registered, why_eager_only
 from dit_accel_patches.handles import current
 from dit_accel_patches.op import attend
 
-__all__ = ["acquire", "module_of", "release"]
+__all__ = ["acquire", "dispatches", "module_of", "release"]
 
 
 class _FunctionalProxy(types.ModuleType):
@@ -49,9 +50,18 @@ def _sdpa(
     )
 
 
+def _dispatch(*args: Any, **kwargs: Any) -> Any:
+    """``dispatch_attention_fn`` that names our backend inside a layer of ours."""
+    if current() is not None and kwargs.get("backend") is None:
+        kwargs["backend"] = _target[1]
+    return _target[0](*args, **kwargs)
+
+
 _proxy = _FunctionalProxy("dit_accel_patches.functional")
 _proxy.__dict__["scaled_dot_product_attention"] = _sdpa
 _users: dict[str, int] = {}
+_target: list[Any] = []
+_DISPATCH = "dispatch_attention_fn"
 _lock = threading.Lock()
 
 
@@ -60,13 +70,25 @@ def module_of(processor: Any) -> str:
     return str(type(processor).__call__.__module__)
 
 
+def dispatches(module_name: str) -> bool:
+    """Whether the processors of a module call ``dispatch_attention_fn``."""
+    return _DISPATCH in vars(sys.modules[module_name])
+
+
 def acquire(module_name: str) -> str | None:
     """Exchange ``F`` of a module and count the user, or return the reason why it cannot be done."""
     with _lock:
         module = sys.modules[module_name]
-        if getattr(module, "F", None) not in (torch.nn.functional, _proxy):
+        found = dispatches(module_name)
+        if found and not _target:
+            # Kept as a list that a traced graph may read: registering is nothing to be traced.
+            _target.extend((module.__dict__[_DISPATCH], ensure_registered()))
+        if found:
+            module.__dict__[_DISPATCH] = _dispatch
+        if getattr(module, "F", None) in (torch.nn.functional, _proxy):
+            module.__dict__["F"] = _proxy
+        elif not found:
             return f"{module_name} does not call attention through a name F or an attention backend"
-        module.__dict__["F"] = _proxy
         _users[module_name] = _users.get(module_name, 0) + 1
         return None
 
@@ -79,5 +101,7 @@ def release(module_name: str) -> None:
             return
         del _users[module_name]
         module = sys.modules[module_name]
+        if module.__dict__.get(_DISPATCH) is _dispatch:
+            module.__dict__[_DISPATCH] = _target[0]
         if module.__dict__.get("F") is _proxy:
             module.__dict__["F"] = torch.nn.functional
