@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,12 @@ def models(as_json: bool = _JSON) -> None:
         return
     if not rows:
         raise _fail("no integration could be loaded; install dit-accel[diffusers]")
-    table = _table("models", "model", "family", "task", "note")
+    table = _table("models", "model", "family", "task", "tokens", "order", "always dense", "note")
     for row in rows:
-        table.add_row(row["model"], row["family"], row["task"], row["note"])
+        sizes = [f"{s['name']}: {math.prod(s['grid']):,} + {s['extra']:,}" for s in row.get("sizes", ())]
+        name = "any other class" if row["model"] == "ModelMixin" else row["model"]
+        order, dense = row.get("layout", ""), row.get("dense", "")
+        table.add_row(name, row["family"], row["task"], "\n".join(sizes), order, dense, row["note"])
     Console().print(table)
 
 

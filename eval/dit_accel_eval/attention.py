@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["cosine", "recalled_mass", "relative_l1", "rmse"]
+__all__ = ["cosine", "cosine_by_head", "recalled_mass", "relative_l1", "relative_l1_by_head", "rmse"]
+
+_TINY = 1e-30
 
 
 def _pair(output: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,13 +18,26 @@ def _pair(output: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 def relative_l1(output: Tensor, reference: Tensor) -> float:
     """Sum of absolute differences over the sum of absolute reference values (SpargeAttn's L1)."""
     a, b = _pair(output, reference)
-    return float((a - b).abs().sum() / b.abs().sum().clamp(min=1e-30))
+    return float((a - b).abs().sum() / b.abs().sum().clamp(min=_TINY))
 
 
 def cosine(output: Tensor, reference: Tensor) -> float:
     """Cosine similarity of the whole tensors."""
     a, b = _pair(output, reference)
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-30))
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=_TINY))
+
+
+def relative_l1_by_head(output: Tensor, reference: Tensor) -> Tensor:
+    """:func:`relative_l1` of each head: ``[B, S, H, D]`` in, float64 ``[H]`` out."""
+    a, b = _pair(output, reference)
+    return (a - b).abs().sum((0, 1, 3)) / b.abs().sum((0, 1, 3)).clamp(min=_TINY)
+
+
+def cosine_by_head(output: Tensor, reference: Tensor) -> Tensor:
+    """:func:`cosine` of each head: ``[B, S, H, D]`` in, float64 ``[H]`` out."""
+    a, b = _pair(output, reference)
+    norms = a.square().sum((0, 1, 3)).sqrt() * b.square().sum((0, 1, 3)).sqrt()
+    return (a * b).sum((0, 1, 3)) / norms.clamp(min=_TINY)
 
 
 def rmse(output: Tensor, reference: Tensor) -> float:

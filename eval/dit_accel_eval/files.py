@@ -10,33 +10,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_record", "read_records", "replacing", "write_json", "write_text"]
+__all__ = ["append_record", "read_records", "remove_leftovers", "replacing", "write_json", "write_text"]
+
+_TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name with the suffix of ``path``; it takes the place of ``path`` if the block succeeds."""
+def replacing(path: str | Path, *, owner: str = "any") -> Iterator[Path]:
+    """Give a temporary name with the suffix of ``path``; it takes the place of ``path`` if the block succeeds.
+
+    Args:
+        path: the file to be.
+        owner: who writes it, part of the temporary name; see :func:`remove_leftovers`.
+    """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    prefix = f"{_TEMPORARY}{owner}-{path.stem}-"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb+") as file:  # the data before the name, so that a power cut leaves no empty file
+            os.fsync(file.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def remove_leftovers(folder: str | Path, owner: str = "any") -> int:
+    """Remove what killed processes of ``owner`` left of :func:`replacing`, in ``folder`` and below; how many."""
+    found = [path for path in Path(folder).rglob(f"{_TEMPORARY}{owner}-*") if path.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+def write_text(path: str | Path, text: str, *, owner: str = "any") -> None:
     """Write text atomically."""
-    with replacing(path) as temporary:
+    with replacing(path, owner=owner) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, data: Any) -> None:
+def write_json(path: str | Path, data: Any, *, owner: str = "any") -> None:
     """Write JSON atomically. NaN and infinity are refused, since JSON has none."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", owner=owner)
 
 
 def append_record(path: str | Path, record: dict[str, Any]) -> None:

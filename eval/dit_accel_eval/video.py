@@ -135,17 +135,31 @@ def read_clip(path: str | Path) -> Frames:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: the file is no clip, or cut short before its first frame.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no clip at {path}")
-    if path.suffix == ".mp4":
-        import imageio_ffmpeg
+    try:
+        frames = _read_mp4(path) if path.suffix == ".mp4" else _read_animation(path)
+    except (OSError, RuntimeError, StopIteration, SyntaxError) as error:  # what ffmpeg's pipe and Pillow raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"{path} cannot be read as a clip: {reason}") from None
+    if not frames:
+        raise ValueError(f"{path} cannot be read as a clip: it has no frame")
+    return np.stack(frames)
 
-        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
-        width, height = next(reader)["size"]
-        return np.stack([np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader])
+
+def _read_mp4(path: Path) -> list[Frames]:
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    width, height = next(reader)["size"]
+    return [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
+
+
+def _read_animation(path: Path) -> list[Frames]:
     from PIL import Image, ImageSequence
 
     with Image.open(path) as image:
-        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]

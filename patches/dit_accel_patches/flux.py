@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dit_accel.adapter import Adapter
 from dit_accel.geometry import TokenGeometry
 from dit_accel_patches.arguments import argument
+from dit_accel_patches.family import Family, Size
 
 __all__ = ["ADAPTER"]
 
@@ -57,7 +57,7 @@ def _leading(values: Tensor) -> int:
     return int(other[0]) if len(other) else len(values)
 
 
-ADAPTER = Adapter(
+ADAPTER = Family(
     name="flux",
     models=("FluxTransformer2DModel",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
@@ -65,4 +65,11 @@ ADAPTER = Adapter(
     geometry=_geometry,
     task="image",
     note="FLUX.1 text to image, Kontext, Fill, Control and img2img",
+    layout="text | picture (references behind)",
+    dense="blocks with an IP-Adapter",
+    sizes=(
+        Size("1024×1024", (1, 64, 64), 512),
+        Size("Kontext, 1024×1024", (1, 64, 64), 4608),
+        Size("2048×2048", (1, 128, 128), 512),
+    ),
 )

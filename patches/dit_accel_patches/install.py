@@ -19,6 +19,7 @@ from dit_accel.adapter import Adapter, AttentionRun
 from dit_accel.geometry import TokenGeometry
 from dit_accel.logging import get_logger
 from dit_accel_patches.backend import ensure_registered
+from dit_accel_patches.calls import make_rule
 from dit_accel_patches.clock import Clock
 from dit_accel_patches.context import add_hook, remove_hook
 from dit_accel_patches.cross import CrossLayers, clean
@@ -42,9 +43,12 @@ def install(module: nn.Module, adapter: Adapter, run: AttentionRun, *, pipe: Any
 
     Raises:
         RuntimeError: the transformer is accelerated already.
-        ValueError: it has no self-attention where the adapter looks for it.
+        ValueError: it cannot be accelerated, or has no self-attention where the adapter looks for it.
     """
     module = getattr(module, "_orig_mod", module)
+    refused = getattr(adapter, "refused", {}).get(type(module).__name__)
+    if refused is not None:
+        raise ValueError(f"{type(module).__name__} cannot be accelerated: {refused}")
     existing = module.__dict__.get(_KEY)
     if isinstance(existing, Installation):
         raise RuntimeError(f"{type(module).__name__} is accelerated already, by the {existing.adapter.name} adapter")
@@ -73,7 +77,7 @@ class Installation:
         self.layers: tuple[str, ...] = tuple(path for path, _ in found)
         self.owner: object = None
         self._module: nn.Module | None = module
-        self._state = ForwardState(run)
+        self._state = ForwardState(run, make_rule(getattr(adapter, "calls", "")))
         self._clock = Clock(pipe)
         self._warned: set[str] = set()
         self._lock = threading.Lock()
@@ -138,6 +142,11 @@ class Installation:
         if fresh:
             self._forget_run()
         self._used = True
+        rule = self._state.rule
+        if rule is not None:
+            geometry = rule.begin(geometry, step)
+        outer = getattr(self.adapter, "outer_mask", False)
+        self._state.row = None if not outer or isinstance(geometry, str) else geometry.prefix
         self.run.begin_forward(geometry, step)
         for record in self._records:
             if record.skipped is not None:
@@ -157,6 +166,8 @@ class Installation:
         if self._used:
             self._used = False
             self.run.reset()
+            if self._state.rule is not None:
+                self._state.rule.forget()
 
     def _claim(self) -> None:
         """Mark the transformer as busy: a run is one denoising loop, and two at once would mix their steps."""

@@ -70,3 +70,18 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no clip at"):
         read_clip(tmp_path / "nothing.mp4")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webp", "x.gif"])
+def test_what_is_no_clip_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"this is no clip at all")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as a clip"):
+        read_clip(tmp_path / name)
+
+
+def test_a_clip_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.mp4"
+    write_clip(path, np.zeros((4, 16, 16, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"x\.mp4 cannot be read"):
+        read_clip(path)

@@ -105,7 +105,7 @@ def test_keys_that_are_not_listed_are_not_read() -> None:
 def test_what_would_count_keys_twice_is_refused() -> None:
     q, k, v = inputs(TEXT, heads=2)
     for changes in ({"select": "top_k", "density": 0.3}, {"compensate": "mean"}):
-        with pytest.raises(ValueError, match="chooses keys itself"):
+        with pytest.raises(ValueError, match="gathers keys itself"):
             plan(get_method("anchor").replace(**changes), q, k, v, TEXT)
 
 
