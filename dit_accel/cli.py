@@ -149,12 +149,11 @@ def models(as_json: bool = _JSON) -> None:
         return
     if not rows:
         raise _fail("no integration could be loaded; install dit-accel[diffusers]")
-    table = _table("models", "model", "family", "task", "tokens", "order", "always dense", "note")
+    table = _table("models", "model", "family", "task", "tokens", "note")
     for row in rows:
         sizes = [f"{s['name']}: {math.prod(s['grid']):,} + {s['extra']:,}" for s in row.get("sizes", ())]
         name = "any other class" if row["model"] == "ModelMixin" else row["model"]
-        order, dense = row.get("layout", ""), row.get("dense", "")
-        table.add_row(name, row["family"], row["task"], "\n".join(sizes), order, dense, row["note"])
+        table.add_row(name, row["family"], row["task"], "\n".join(sizes), row["note"])
     Console().print(table)
 
 

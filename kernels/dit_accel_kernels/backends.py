@@ -32,7 +32,6 @@ __all__ = [
 
 _Run = Callable[..., tuple[Tensor, Tensor]]
 _MAX_HEAD_DIM = 256
-_HOPPER_WINS = (128,)  # measured on an H200: docs/hopper_notes.md
 _TRITON_BLOCKS = (16, 32, 64, 128, 256)
 
 
@@ -229,8 +228,6 @@ def choose_backend(
     chosen = "reference"
     for name, backend in BACKENDS.items():
         reason = why_not(name, device=device, dtype=dtype, head_dim=head_dim, block_q=block_q, block_k=block_k)
-        if name == "hopper" and reason is None and head_dim not in _HOPPER_WINS:
-            reason = f"slower than triton at head_dim {head_dim}, so only on request"
         if reason is None and device.type not in backend.devices and name != "reference":
             reason = f"chosen automatically only on {', '.join(backend.devices)}, got {device}"
         if reason is None:

@@ -52,10 +52,11 @@ class Case:
     order: bool = False
     poison: bool = False
     programs: int | None = None
-    pingpong: bool = False
+    valid: bool = False
+    wild: bool = False
+    fast: bool | None = None
     lse: bool = True
     stages: int | None = None
-    q_stages: int | None = None
     seed: int = 0
 
 
@@ -69,6 +70,8 @@ def run_case(case: Case) -> None:
         return x.transpose(1, 2) if bshd else x
 
     q, k, v = (draw(tokens, case.bshd) for tokens in (case.sq, case.sk, case.sk))
+    if case.wild:  # all blocks but the last, which is visited first, have logits that overflow relative to its maximum
+        k = torch.cat([k[:, :, : -case.block_k] * 60, k[:, :, -case.block_k :]], 2)
     qb, kb = -(-case.sq // 128), -(-case.sk // case.block_k)
     levels = (torch.rand(*case.list_shape, qb, kb, generator=gen) < case.density).to(torch.uint8)
     if case.partial:
@@ -88,21 +91,25 @@ def run_case(case: Case) -> None:
         unseen = (levels.expand(case.batch, case.heads, -1, -1) == 0).all(2)  # [B, H, Kb]
         unseen = unseen.repeat_interleave(case.block_k, -1)[..., : case.sk, None].to(device)
         k, v = k.masked_fill(unseen, torch.nan), v.masked_fill(unseen, torch.nan)
-    config = hopper_config(case.dim, case.block_k)
-    config = replace(config, max_programs=case.programs, pingpong=case.pingpong)
-    config = replace(config, stages=case.stages or config.stages, q_stages=case.q_stages or config.q_stages)
-    scale = case.dim**-0.5
-    out, lse = block_sparse_hopper(q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config)
-    again, _ = block_sparse_hopper(q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config)
+    config = hopper_config(case.dim)
+    wishes = {name: getattr(case, name) for name in ("stages", "fast")}
+    config = replace(config, max_programs=case.programs, **{n: x for n, x in wishes.items() if x is not None})
+    valid = None
+    if case.valid:
+        valid = torch.rand(case.batch, case.sk, generator=gen) < 0.8
+        valid[:, case.sk // 2 : case.sk // 2 + 150] = False  # some blocks hold nothing
+        valid = valid.to(device)
+    call = {"scale": case.dim**-0.5, "order": order, "pooled": pooled, "key_valid": valid}
+    out, lse = block_sparse_hopper(q, k, v, lists, config=config, **call)
+    again, _ = block_sparse_hopper(q, k, v, lists, config=config, **call)
     if not case.lse:
-        again, nothing = block_sparse_hopper(
-            q, k, v, lists, scale=scale, order=order, pooled=pooled, config=config, return_lse=False
-        )
+        again, nothing = block_sparse_hopper(q, k, v, lists, config=config, return_lse=False, **call)
         assert nothing.numel() == 0
     torch.cuda.synchronize()
     floats = [x.float() for x in (q, k, v)]
-    means = None if pooled is None else replace(pooled, k=pooled.k.float(), v=pooled.v.float())
-    want, want_lse = block_sparse_reference(*floats, lists, scale=scale, order=order, pooled=means)
+    if pooled is not None:
+        call["pooled"] = replace(pooled, k=pooled.k.float(), v=pooled.v.float())
+    want, want_lse = block_sparse_reference(*floats, lists, **call)
     assert out.stride() == torch.empty_like(q).stride(), f"{case}: strides {out.stride()}"
     assert torch.equal(out, again), f"{case}: two runs differ by {(out.float() - again.float()).abs().max().item()}"
     error = ((out.float() - want).norm() / want.norm().clamp_min(1e-6)).item()
@@ -111,17 +118,17 @@ def run_case(case: Case) -> None:
     empty = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, empty), f"{case}: empty rows differ"
     off = (lse - want_lse).masked_fill(empty, 0).abs().max().item()
-    assert off <= LSE_TOLERANCE, f"{case}: log-sum-exp differs by {off:.3g}"
+    assert off <= LSE_TOLERANCE * (10 if case.wild else 1), f"{case}: log-sum-exp differs by {off:.3g}"
     assert not out[empty].any(), f"{case}: rows without keys must be 0"
 
 
-def random_cases() -> list[Case]:
-    """200 shapes on few compiled variants: all ragged, with partial blocks."""
-    rng = random.Random(1)
+def random_cases(dim: int, block_k: int) -> list[Case]:
+    """70 shapes on few compiled variants: all ragged, with partial blocks."""
+    rng = random.Random(dim + block_k)
     cases = []
-    for seed in range(200):
-        dim, block_k = rng.choice([(128, 128), (64, 128), (128, 64)])
+    for seed in range(70):
         batch, heads = rng.randint(1, 2), rng.randint(1, 3)
+        valid = block_k == 64 and rng.random() < 0.3
         cases.append(
             Case(
                 sq=rng.randint(1, 900),
@@ -134,9 +141,11 @@ def random_cases() -> list[Case]:
                 list_shape=(rng.choice([1, batch]), rng.choice([1, heads])),
                 bshd=rng.random() < 0.5,
                 partial=True,
-                pooled=rng.random() < 0.5,
-                order=rng.random() < 0.3 and block_k == 128,
-                poison=rng.random() < 0.5,
+                valid=valid,
+                pooled=not valid and rng.random() < 0.5,
+                order=block_k == 128 and rng.random() < 0.3,
+                poison=not valid and rng.random() < 0.5,
+                wild=rng.random() < 0.2,
                 programs=rng.choice([1, 2, 5, None]),
                 seed=seed,
             )
@@ -174,19 +183,41 @@ GROUPS: dict[str, list[Case]] = {
         replace(LONG, dim=64, pooled=True, sk=1000),
         replace(LONG, dim=64, dtype=torch.float16),
     ],
-    "key blocks of 64": [replace(LONG, block_k=64), replace(LONG, block_k=64, sk=1000, programs=3, pooled=True)],
+    "key blocks of 64": [
+        Case(block_k=64, sk=64),
+        Case(block_k=64, sk=192),
+        replace(LONG, block_k=64),
+        replace(LONG, block_k=64, dim=64),
+        replace(LONG, block_k=64, sk=1000, programs=3, poison=True),
+        replace(LONG, block_k=64, sk=1000, programs=3, pooled=True, partial=True),
+    ],
+    "key_valid": [
+        replace(LONG, valid=True),
+        replace(LONG, valid=True, block_k=64, sk=1000, programs=3),
+        replace(LONG, valid=True, block_k=64, sk=1000, pooled=True, partial=True),
+    ],
+    "wild logits": [
+        Case(sk=512, wild=True),
+        replace(LONG, wild=True, density=1.0),
+        replace(LONG, wild=True, programs=1),
+        replace(LONG, wild=True, programs=5, pooled=True, sk=1000, block_k=64, dim=64),
+        replace(LONG, wild=True, valid=True, programs=7),
+        replace(LONG, wild=True, order=True, heads=40, list_shape=(1, 1)),
+    ],
+    "padded head sizes": [replace(LONG, dim=dim, block_k=64, sk=1000) for dim in (40, 72, 80, 96)]
+    + [replace(LONG, dim=96, order=True, pooled=True), replace(LONG, dim=72, bshd=False)],
     "order": [replace(LONG, order=True), replace(LONG, order=True, sq=1000, sk=1000, programs=3)],
     "order, pooled": [replace(LONG, order=True, pooled=True, dim=dim, sk=1000) for dim in (128, 64)],
     "no log-sum-exp": [replace(LONG, lse=False, programs=3)],
-    "turns": [replace(LONG, pingpong=True), replace(LONG, pingpong=True, programs=3, sk=1000)],
     "other rings": [
-        replace(LONG, stages=3, q_stages=1),
-        replace(LONG, stages=3, q_stages=1, programs=3),
+        replace(LONG, stages=2),
+        replace(LONG, stages=2, programs=3, pooled=True),
         replace(LONG, stages=1, programs=3),
     ],
-    "random": random_cases(),
+    **{f"random, {d} by {k}": random_cases(d, k) for d, k in ((128, 128), (128, 64), (64, 64))},
 }
-LIMIT_S = {"random": 240.0, "pooled": 60.0, "head size 64": 90.0}
+LIMIT_S = {"pooled": 60.0, "head size 64": 90.0, "padded head sizes": 90.0}
+LIMIT_S |= {name: 150.0 for name in GROUPS if name.startswith("random")}
 
 
 def run_group(name: str, scale: float = 1.0) -> tuple[bool, str]:
@@ -220,7 +251,6 @@ def test_rerouted_calls_have_a_reason() -> None:
     q = torch.randn(1, 2, 256, 64).bfloat16()
     lists = lists_from_levels(torch.ones(1, 1, 2, 2, dtype=torch.uint8), 128, 128)
     assert reroute_reason(q, q, q, lists) is None
-    assert "key_valid" in (reroute_reason(q, q, q, lists, key_valid=torch.ones(1, 256, dtype=torch.bool)) or "")
     codes = torch.zeros(3, 256, dtype=torch.int32)
     assert "windows" in (reroute_reason(q, q, q, lists, windows=TokenWindows(codes, codes, codes)) or "")
     odd = torch.randn(1, 2, 256, 68).bfloat16()[..., :64]

@@ -42,8 +42,8 @@ def evaluate_command(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Presets (standard, svg, teacache), names, fid, kid, is, clip_score, fvd, vbench, vbench:DIMENSION, "
-            "between commas (default: standard, less what is missing here)."
+            help="Presets (standard, quick, svg, teacache), names, fid, kid, is, clip_score, fvd, vbench, "
+            "vbench:DIMENSION, between commas (default: standard, on a CPU quick; less what is missing here)."
         ),
     ] = None,
     profile: Annotated[str, typer.Option(help="Extractors: offline or official.")] = "offline",

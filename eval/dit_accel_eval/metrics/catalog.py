@@ -145,6 +145,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "temporal_difference",
         "flicker_difference",
     ),
+    "quick": ("psnr", "psnr_clip", "ssim", "lpips_alex", "temporal_difference", "flicker_difference"),
     "svg": ("psnr@svg", "ssim@svg", "lpips@svg"),
     "teacache": ("psnr@teacache", "ssim@teacache", "lpips@teacache"),
 }

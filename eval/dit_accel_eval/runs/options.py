@@ -35,8 +35,8 @@ class EvalOptions:
         size: height and width in pixels; ``None`` is the pipeline's default, 128 x 128 on a CPU.
         guidance: scale of classifier-free guidance.
         call: further arguments of the pipeline call, of plain JSON types.
-        metrics: presets and names, see :func:`dit_accel_eval.runs.quality.choose_metrics`; ``None`` is ``standard``
-            without what this machine lacks.
+        metrics: presets and names, see :func:`dit_accel_eval.runs.quality.choose_metrics`; ``None`` is ``standard``,
+            or ``quick`` where there is no GPU, without what this machine lacks.
         profile: extractors of distribution metrics and VBench, ``"offline"`` or ``"official"``.
         calibration: prompts for static methods, apart from those evaluated; ``None`` takes those behind ``limit``.
         limit: how many prompts to take.

@@ -50,13 +50,18 @@ class Chosen:
     left_out: Mapping[str, str]
 
 
+def default_preset() -> str:
+    """``standard`` where there is a GPU; ``quick``, without large networks, where there is none."""
+    return "standard" if torch.cuda.is_available() else "quick"
+
+
 def choose_metrics(asked: Sequence[str] | None, profile: str = "offline") -> Chosen:
     """Expand presets and check that everything can be computed here.
 
     Args:
-        asked: presets (``standard``, ``svg``, ``teacache``), names of paired metrics, names in :data:`DISTRIBUTION`,
-            ``vbench`` for all its dimensions or ``vbench:DIMENSION``. ``None`` is ``standard`` without what is
-            missing here.
+        asked: presets (``standard``, ``quick``, ``svg``, ``teacache``), names of paired metrics, names in
+            :data:`DISTRIBUTION`, ``vbench`` for all its dimensions or ``vbench:DIMENSION``. ``None`` is :func:`default_preset` without
+            what is missing here.
         profile: ``"offline"`` or ``"official"``.
 
     Raises:
@@ -68,7 +73,7 @@ def choose_metrics(asked: Sequence[str] | None, profile: str = "offline") -> Cho
         raise EvalError(f"profile must be offline or official, got {profile!r}")
     paired, distribution, dimensions = [_BASE], [], []
     left_out: dict[str, str] = {}
-    for name in asked if asked is not None else ["standard"]:
+    for name in asked if asked is not None else [default_preset()]:
         if name in PRESETS:
             paired += PRESETS[name]
         elif name in DISTRIBUTION:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import BlockLists, Pooled, TokenOrder, TokenWindows
+from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
-from .hopper_specs import HopperConfig, hopper_config
+from .hopper_specs import HopperConfig, hopper_config, padded
 
 __all__ = ["block_sparse_hopper", "reroute_reason", "run_hopper", "why_not_hopper"]
 
 _QUERIES = 128  # rows of a job, both consumers together
+_TILE = 128  # keys of a step
 _LOG2E = 1.0 / math.log(2.0)
 
 
@@ -41,8 +42,8 @@ def why_not_hopper(
         return "triton must have Gluon with warp specialisation (3.6 or newer)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype must be bfloat16 or float16, got {dtype}"
-    if head_dim not in (64, 128):
-        return f"head_dim must be 64 or 128, got {head_dim}"
+    if head_dim % 8 or not 8 <= head_dim <= 128:
+        return f"head_dim must be a multiple of 8 of at most 128, got {head_dim}"
     if block_q != _QUERIES:
         return f"block_q must be {_QUERIES}, got {block_q}"
     if block_k not in (64, 128):
@@ -58,7 +59,7 @@ def reroute_reason(
     *,
     pooled: Pooled | None = None,
     windows: TokenWindows | None = None,
-    key_valid: Tensor | None = None,
+    gathered: GatheredKeys | None = None,
 ) -> str | None:
     """Say why the Triton kernel must compute this call although the Hopper kernel serves its dtype and block sizes.
 
@@ -69,12 +70,12 @@ def reroute_reason(
         lists: blocks that each query block visits.
         pooled: what stands for the blocks that are not visited.
         windows: token windows of partial blocks.
-        key_valid: bool ``[B, Sk]``.
+        gathered: further keys in groups.
     """
     if windows is not None:
         return "token windows are not supported"
-    if key_valid is not None:
-        return "key_valid is not supported"
+    if gathered is not None:
+        return "gathered keys are not supported"
     tensors = {"q": q, "k": k, "v": v}
     if pooled is not None:
         tensors |= {"pooled.k": pooled.k, "pooled.v": pooled.v}
@@ -94,12 +95,12 @@ def run_hopper(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **kwargs: Any
 
     Arguments and results as of :attr:`dit_accel_kernels.backends.Backend.run`.
     """
-    extras = {name: kwargs.get(name) for name in ("pooled", "windows", "key_valid")}
+    extras = {name: kwargs.get(name) for name in ("pooled", "windows", "gathered")}
     if reroute_reason(q, k, v, lists, **extras) is not None:
         from .launch import block_sparse_triton
 
         return block_sparse_triton(q, k, v, lists, **kwargs)
-    kept = {name: value for name, value in kwargs.items() if name not in ("windows", "key_valid")}
+    kept = {name: value for name, value in kwargs.items() if name not in ("windows", "gathered")}
     return block_sparse_hopper(q, k, v, lists, **kept)
 
 
@@ -112,6 +113,7 @@ def block_sparse_hopper(
     scale: float,
     order: TokenOrder | None = None,
     pooled: Pooled | None = None,
+    key_valid: Tensor | None = None,
     return_lse: bool = True,
     config: HopperConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -125,6 +127,7 @@ def block_sparse_hopper(
         scale: positive factor of the logits.
         order: order of the queries.
         pooled: what stands for the blocks that are not visited; must be finite.
+        key_valid: bool ``[B, Sk]``, false for padding, which must be finite.
         return_lse: compute the log-sum-exp; otherwise an empty tensor stands for it.
         config: shape of a program, to tune or test.
 
@@ -132,37 +135,49 @@ def block_sparse_hopper(
         The output with the strides and dtype of ``q``, and the log-sum-exp, float32 ``[B, H, Sq]``.
     """
     from .hopper import block_sparse_hopper_kernel
+    from .hopper_schedule import BLOCK, OTHERS, longest_first_kernel
 
     batch, heads, sq, dim = q.shape
     sk, block_k = k.shape[2], lists.block_k
     qb, kb = -(-sq // _QUERIES), -(-sk // block_k)
-    config = hopper_config(dim, block_k) if config is None else config
+    config = hopper_config(dim) if config is None else config
+    d = padded(dim)
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
     jobs = batch * heads * qb
-    programs = min(jobs, _multiprocessors(q.device)) if config.persistent else jobs
-    programs = min(programs, config.max_programs or programs)
+    programs = min(jobs, _multiprocessors(q.device), config.max_programs or jobs)
     gather = order is not None
+    part = (_TILE, d) if block_k == _TILE else (64, 64)
+    in_order = max(0, jobs - config.sorted_rounds * programs)
+    # The counter of jobs, those that are done longest first, and the chain of those that are repeated.
+    counter, order_of_last, again = torch.empty(1 + jobs - in_order + jobs, dtype=torch.int32, device=q.device).split(
+        [1, jobs - in_order, jobs]
+    )
     args: dict[str, Any] = {
-        "desc_q": None if gather else _descriptor(q, 64),
-        "desc_k": _descriptor(k, block_k),
-        "desc_v": _descriptor(v, block_k),
-        "desc_o": None if gather else _descriptor(out, 64),
-        "desc_pk": None if pooled is None else _descriptor(pooled.k, block_k),
-        "desc_pv": None if pooled is None else _descriptor(pooled.v, block_k),
+        "desc_q": None if gather else _descriptor(q, 64, d),
+        "desc_k": _descriptor(k, *part),
+        "desc_v": _descriptor(v, *part),
+        "desc_o": None if gather else _descriptor(out, 64, d),
+        "desc_pk": None if pooled is None else _descriptor(pooled.k, _TILE, d),
+        "desc_pv": None if pooled is None else _descriptor(pooled.v, _TILE, d),
         "q": q if gather else None,
         "out": out if gather else None,
         "lse": lse if return_lse else None,
+        "order": order_of_last,
+        "again": again,
+        "counter": counter,
         "table": None if order is None else order.table.contiguous(),
         "head_row": None if order is None else order.head.contiguous(),
+        "valid": None if key_valid is None else key_valid.contiguous(),
         "scale2": scale * _LOG2E,
-        "sq": sq,
-        "tail": sk - (kb - 1) * block_k,
+        "inv_scale": 1.0 / scale,
+        "sk": sk,
         "words": -(-kb // 32),
         "qb": qb,
         "kb": kb,
         "heads": heads,
         "jobs": jobs,
+        "in_order": in_order,
         "programs": programs,
         "table_s": sq,
     }
@@ -170,18 +185,27 @@ def block_sparse_hopper(
     args |= {f"out_{name}": step for name, step in zip("bhs", out.stride())}
     args |= list_args(lists) | pooled_args(pooled)
     with torch.cuda.device(q.device):
+        longest_first_kernel[(-(-(jobs - in_order) // BLOCK),)](
+            *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
+            args["list_b"],
+            args["list_h"],
+            HAS_PARTIAL=lists.partial is not None,
+            BLOCK=BLOCK,
+            OTHERS=OTHERS,
+        )
         block_sparse_hopper_kernel[(programs,)](
             **args,
-            D=dim,
-            BLOCK_N=block_k,
+            D=d,
+            DIM=dim,
+            BLOCK_K=block_k,
             STAGES=config.stages,
-            Q_STAGES=config.q_stages,
             EVEN_K=sk % block_k == 0,
             HAS_PARTIAL=lists.partial is not None,
             HAS_POOLED=pooled is not None,
+            HAS_VALID=key_valid is not None,
             GATHER=gather,
             HAS_LSE=return_lse,
-            PINGPONG=config.pingpong,
+            FAST=config.fast and q.dtype == torch.bfloat16,
             CONSUMER_REGS=config.consumer_regs,
             PRODUCER_REGS=config.producer_regs,
             num_warps=4,
@@ -189,8 +213,8 @@ def block_sparse_hopper(
     return out, lse
 
 
-def _descriptor(x: Tensor, rows: int) -> Any:
-    """A TMA descriptor of tiles of ``rows`` tokens; what is beyond the last token reads as 0 and is never written."""
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """A TMA descriptor of boxes of ``rows`` tokens; what is beyond the tensor reads as 0 and is never written."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -198,7 +222,7 @@ def _descriptor(x: Tensor, rows: int) -> Any:
     # The stride of a dimension of size 1 is never used but must look valid.
     strides = [step if size > 1 else x.shape[3] for size, step in zip(x.shape, x.stride())]
     strides[3] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[3]], layout)
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns], layout)
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..aot_spec import AotSpec
 
-__all__ = ["HopperConfig", "aot_specs", "hopper_config", "tile_layout"]
+__all__ = ["HopperConfig", "aot_specs", "hopper_config", "padded", "tile_layout"]
 
 
 @dataclass(frozen=True)
@@ -16,31 +16,29 @@ class HopperConfig:
 
     Attributes:
         stages: tiles of K, and as many of V, that fit into the ring.
-        q_stages: query blocks that fit into shared memory; with 2 the next one is fetched early.
-        persistent: start one program per multiprocessor, which does many query blocks, instead of one per query block.
-        pingpong: let the two warpgroups issue their products in turns.
-        max_programs: at most this many programs, for tests; each then does many query blocks.
+        fast: take no maximum after the first tile of a row and repeat the query blocks for which that fails.
+        sorted_rounds: this many times the number of programs, the last query blocks come longest list first.
+        max_programs: at most this many programs, for tests; each then does more query blocks.
         consumer_regs: registers of a thread of either consumer; the three groups of warps share 504 a lane.
         producer_regs: registers of a thread of the producer.
     """
 
     stages: int
-    q_stages: int
-    persistent: bool
-    pingpong: bool
+    fast: bool = True
+    sorted_rounds: int = 16
     max_programs: int | None = None
     consumer_regs: int = 240
     producer_regs: int = 24
 
 
-def hopper_config(head_dim: int, block_k: int) -> HopperConfig:
-    """The shape for a head size of 64 or 128 and key blocks of 64 or 128 tokens.
+def hopper_config(head_dim: int) -> HopperConfig:
+    """The shape for a head size of up to 128: the deepest ring that fits into shared memory."""
+    return HopperConfig(stages=3 * (128 // padded(head_dim)))
 
-    One program per query block: with rows of equal length a persistent grid is as fast, with uneven rows a third slower
-    (H200, see ``docs/hopper_notes.md``).
-    """
-    stages = 2 * (128 // head_dim) * (128 // block_k)
-    return HopperConfig(stages=min(stages, 4), q_stages=2, persistent=False, pingpong=False)
+
+def padded(head_dim: int) -> int:
+    """Columns of a head in shared memory; TMA fills those that the tensor does not have with 0."""
+    return 64 if head_dim <= 64 else 128
 
 
 def tile_layout() -> str:
@@ -51,10 +49,17 @@ def tile_layout() -> str:
     )
 
 
-_POINTERS = {"row_start": "*i32", "full": "*i32", "indices": "*i32", "lse": "*fp32"}
+# What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper_aot).
+_SPILLS = {64: 8, 128: 280}
+_POINTERS = {
+    **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
+    "lse": "*fp32",
+}
+_UNALIGNED = ("table", "lse", "valid", "order", "again")
 _OPTIONAL = {
     "HAS_PARTIAL": {"partial": "*i32"},
     "HAS_POOLED": {"bias": "*fp32", "bits": "*i32"},
+    "HAS_VALID": {"valid": "*i1"},
     "GATHER": {"table": "*i32", "head_row": "*i32"},
 }
 
@@ -62,41 +67,47 @@ _OPTIONAL = {
 def aot_specs(kernel: Any) -> list[AotSpec]:
     """List the configurations of ``kernel`` that stand for all that users meet."""
     every = {"EVEN_K": False, "HAS_PARTIAL": True, "HAS_POOLED": True}
-    cases: list[tuple[str, int, int, str, dict[str, bool]]] = [
+    cases: list[tuple[str, int, int, str, dict[str, Any]]] = [
         ("plain", 128, 128, "bf16", {}),
         ("plain", 64, 128, "bf16", {}),
+        ("plain", 128, 64, "bf16", {}),
+        ("ragged", 128, 128, "bf16", {"EVEN_K": False, "HAS_PARTIAL": True}),
         ("ragged", 128, 128, "fp16", {"EVEN_K": False, "HAS_PARTIAL": True}),
-        ("ragged", 64, 64, "fp16", {"EVEN_K": False, "HAS_PARTIAL": True}),
-        ("ragged", 128, 64, "bf16", {"EVEN_K": False, "HAS_PARTIAL": True}),
-        ("ragged+pooled", 128, 128, "bf16", every),
-        ("ragged+pooled", 64, 128, "bf16", every),
+        ("ragged", 64, 64, "bf16", {"EVEN_K": False, "HAS_PARTIAL": True}),
         ("ragged+pooled", 128, 64, "bf16", every),
+        ("ragged+pooled", 128, 128, "fp16", every),
         ("ragged+pooled+order", 128, 128, "bf16", every | {"GATHER": True}),
-        ("ragged+pooled+order", 64, 128, "bf16", every | {"GATHER": True}),
-        ("order", 128, 128, "bf16", {"GATHER": True, "HAS_PARTIAL": True}),
-        ("turns", 128, 128, "bf16", {"PINGPONG": True}),
+        ("ragged+pooled+order", 128, 64, "bf16", every | {"GATHER": True}),
+        ("ragged+pooled+order", 64, 64, "bf16", every | {"GATHER": True}),
+        ("ragged+valid+order", 96, 64, "bf16", every | {"GATHER": True, "HAS_VALID": True, "HAS_POOLED": False}),
+        ("ragged+valid", 64, 64, "fp16", every | {"HAS_VALID": True, "HAS_POOLED": False}),
     ]
     return [_spec(kernel, *case) for case in cases]
 
 
-def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: dict[str, bool]) -> AotSpec:
-    config = hopper_config(dim, block_k)
+def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: dict[str, Any]) -> AotSpec:
+    config, d = hopper_config(dim), padded(dim)
     values: dict[str, Any] = {
-        "D": dim,
-        "BLOCK_N": block_k,
+        "D": d,
+        "DIM": dim,
+        "BLOCK_K": block_k,
         "STAGES": config.stages,
-        "Q_STAGES": config.q_stages,
-        "EVEN_K": flags.get("EVEN_K", True),
+        "EVEN_K": True,
         "HAS_LSE": True,
-        "PINGPONG": flags.get("PINGPONG", config.pingpong),
+        "FAST": config.fast and dtype == "bf16",
         "CONSUMER_REGS": config.consumer_regs,
         "PRODUCER_REGS": config.producer_regs,
     }
-    values |= {name: flags.get(name, False) for name in _OPTIONAL}
+    values |= dict.fromkeys(_OPTIONAL, False)
+    values |= flags
     types = {"q": f"*{dtype}", "out": f"*{dtype}", **_POINTERS}
-    for name in ("q", "k", "v", "o", "pk", "pv") if values["HAS_POOLED"] else ("q", "k", "v", "o"):
-        rows = 64 if name in "qo" else block_k
-        types[f"desc_{name}"] = f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{tile_layout()}>"
+    boxes = {"q": (64, d), "o": (64, d), "k": (128, d), "v": (128, d)}
+    if block_k == 64:
+        boxes |= {"k": (64, 64), "v": (64, 64)}
+    if values["HAS_POOLED"]:
+        boxes |= {"pk": (128, d), "pv": (128, d)}
+    for name, (rows, columns) in boxes.items():
+        types[f"desc_{name}"] = f"tensordesc<{dtype}[1, 1, {rows}, {columns}],{tile_layout()}>"
     for flag, pointers in _OPTIONAL.items():
         if values[flag]:
             types |= pointers
@@ -106,11 +117,11 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
             signature[name] = types[name]
         elif name in values:
             signature[name] = "constexpr"
-        elif name == "scale2":
+        elif name in ("scale2", "inv_scale"):
             signature[name] = "fp32"
         elif name in ("table_s", "q_b", "q_h", "q_s", "out_b", "out_h", "out_s"):
             signature[name] = "i64"
-        elif name in ("sq", "tail", "words", "qb", "kb", "heads", "jobs", "programs") or name[-2:] in ("_b", "_h"):
+        elif name in ("sk", "words", "qb", "kb", "heads", "jobs", "in_order", "programs") or name[-2:] in ("_b", "_h"):
             signature[name] = "i32"
         else:
             signature[name], values[name] = "constexpr", None
@@ -121,6 +132,7 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         constexprs=values,
         options={"num_warps": 4},
         targets=("sm_90",),
+        max_spill_bytes=_SPILLS[d],
         gluon=True,
-        divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*") and n not in ("table", "lse")),
+        divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*") and n not in _UNALIGNED),
     )

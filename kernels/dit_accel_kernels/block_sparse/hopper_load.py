@@ -1,0 +1,260 @@
+"""The producer warp of the Hopper kernel: hands out jobs, fetches their tiles, says which keys count; see :mod:`.hopper`.
+
+A *tile* is 128 keys: one block of 128, or two entries of a list of blocks of 64. In a biased tile, ``extras`` says what is
+added to the product of each key and any query before it is scaled: minus infinity for a key that does not count.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from .hopper_steps import next_stage, split_job
+
+__all__ = ["producer"]
+
+
+@gluon.jit
+def _program(anything):
+    """The program's number, read on the spot: LLVM shares ``program_id`` between the roles, which costs a spill."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %ctaid.x; // $1", "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _claim(counter):
+    """Add 1 to the counter; only lane 0 gets the number, and nobody waits for it before :func:`_claimed`."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred first; .reg .u32 lane;
+        mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0;
+        @first atom.global.add.u32 $0, [$1], 1;
+        }""",
+        "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _claimed(number):
+    """What lane 0 has claimed."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _read_row(
+    row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL: gl.constexpr
+):
+    """Job number ``number`` and its list: where it starts, its whole blocks and all its blocks; empty behind the end."""
+    there = number < jobs
+    job = gl.load(order + (number - in_order), mask=there & (number >= in_order), other=0)
+    job = gl.where(number < in_order, number, job)
+    i_q, i_h, i_b = split_job(job, qb, heads)
+    i_row = i_b * list_b + i_h * list_h + i_q
+    begin = gl.load(row_start + i_row, mask=there, other=0)
+    n_full = gl.load(full + i_row, mask=there, other=0)
+    n = n_full
+    if HAS_PARTIAL:
+        n += gl.load(partial + i_row, mask=there, other=0)
+    return job, begin, n_full, n
+
+
+@gluon.jit
+def _first(indices, begin, n_full, n, kb, EVEN_K: gl.constexpr, HAS_PARTIAL: gl.constexpr):
+    """The position to visit first: that of the ragged block, if the list has it."""
+    first = n - 1
+    if HAS_PARTIAL and not EVEN_K:
+        # Ids are sorted: the ragged block is the last of the whole ones or the last of the partial ones.
+        middle = gl.load(indices + (begin.to(gl.int64) + n_full - 1), mask=n_full > 0, other=-1) + 1 == kb
+        first = gl.where(middle, n_full - 1, first)
+    return first
+
+
+@gluon.jit
+def _entry(ids, n, first, visit, kb):
+    """The block of a list that is visited as number ``visit``, from the last to the first but for ``first``, else kb."""
+    place = n - 1 - visit
+    place = gl.where(visit == 0, first, gl.where(place == first, n - 1, place))
+    return gl.load(ids + place, mask=visit < n, other=kb)
+
+
+@gluon.jit
+def _blocks(ids, n, first, t, kb, PARTS: gl.constexpr):
+    """The one or two blocks of tile ``t``; the first tile of an odd list has one. ``kb`` stands for none."""
+    if PARTS == 1:
+        one = _entry(ids, n, first, t, kb)
+        return one, one
+    odd = n & 1
+    one = _entry(ids, n, first, gl.maximum(2 * t - odd, 0), kb)
+    two = _entry(ids, n, first, 2 * t + 1 - odd, kb)
+    return one, gl.where((t == 0) & (odd == 1), kb, two)
+
+
+@gluon.jit
+def _copy(desc, i_b, i_h, one, two, bufs, bar, stage, D: gl.constexpr, PARTS: gl.constexpr):
+    if PARTS == 1:
+        tma.async_copy_global_to_shared(desc, [i_b, i_h, one * 128, 0], bar, bufs.index(stage))
+    else:
+        # The same bytes as pieces of 64 tokens by 64 columns.
+        COLUMNS: gl.constexpr = D // 64
+        pieces = bufs._reinterpret(desc.dtype, [bufs.shape[0] * 2 * COLUMNS, 1, 1, 64, 64], desc.layout)
+        for c in gl.static_range(COLUMNS):
+            at = (stage * COLUMNS + c) * 2
+            tma.async_copy_global_to_shared(desc, [i_b, i_h, one * 64, c * 64], bar, pieces.index(at))
+            tma.async_copy_global_to_shared(desc, [i_b, i_h, two * 64, c * 64], bar, pieces.index(at + 1))
+
+
+@gluon.jit
+def _load_tile(
+    desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase, biased,
+    D: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill one stage of the rings with the keys and values of one or two blocks."""
+    k_full, v_full, empty = bars
+    BYTES: gl.constexpr = 128 * D * 2
+    after, after_phase = next_stage(stage, phase, STAGES)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    if biased:
+        extras.index(stage).store(extra)
+        gl.thread_barrier()
+    mbarrier.expect(k_full.index(stage), BYTES)
+    _copy(desc_k, i_b, i_h, one, two, k_bufs, k_full.index(stage), stage, D, PARTS)
+    # The values that were here are done with one tile after their keys.
+    mbarrier.wait(empty.index(after), after_phase ^ 1)
+    mbarrier.expect(v_full.index(stage), BYTES)
+    _copy(desc_v, i_b, i_h, one, two, v_bufs, v_full.index(stage), stage, D, PARTS)
+    return after, after_phase
+
+
+@gluon.jit
+def _collect(failed, again, head):
+    """Put the job whose output the consumers have just written on the list of those to repeat if it must."""
+    LINE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    job = gl.max(failed.load(LINE), 0)
+    if job >= 0:
+        gl.store(again + job, head)
+        head = job
+        failed.store(gl.full([2], -1, gl.int32, LINE))
+        gl.thread_barrier()
+    return head
+
+
+@gluon.jit
+def _announce(
+    desc_q, q_bufs, info, q_full, job, n, careful, qb, kb, heads,
+    PARTS: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """Tell the consumers their next job, its biased and its plain tiles, and fetch its queries."""
+    tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
+    n_biased = tiles if HAS_VALID else 1
+    n_plain = tiles - n_biased
+    if HAS_POOLED:
+        n_biased += gl.where(job < 0, 0, (kb + 127) // 128)
+    o = gl.arange(0, 4, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    x = gl.where(o == 2, n_plain, careful | (n == 0).to(gl.int32))
+    info.store(gl.where(o == 0, job, gl.where(o == 1, n_biased, x)))
+    gl.thread_barrier()
+    i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
+    for w in gl.static_range(2):
+        if GATHER:
+            mbarrier.arrive(q_full.index(w), count=1)
+        else:
+            mbarrier.expect(q_full.index(w), desc_q.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_q, [i_b, i_h, i_q * 128 + w * 64, 0], q_full.index(w), q_bufs.index(w))
+
+
+@gluon.jit
+def producer(
+    args, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
+    FAST: gl.constexpr,
+):  # fmt: skip
+    """Take jobs until there are none, and fetch their queries and tiles."""
+    (
+        desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,
+        bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
+        list_b, list_h, bits_b, bits_h, bias_b, bias_h,
+        q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars,
+    ) = args  # fmt: skip
+    PARTS: gl.constexpr = 128 // BLOCK_K
+    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    stage, phase, q_phase, careful, head = 0, 0, 1, 0, -1
+    job, begin, n_full, n = _read_row(
+        row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
+    )
+    _announce(
+        desc_q, q_bufs, info, q_full, job, n, careful, qb, kb, heads, PARTS, HAS_POOLED, HAS_VALID, GATHER
+    )  # fmt: skip
+    first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
+    one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)
+    claim = _claim(counter)
+    while job != -1:
+        i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
+        ids = indices + begin.to(gl.int64)
+        if HAS_POOLED:
+            p_bias = bias + (i_b * bias_b + i_h * bias_h)
+            p_bits = bits + (i_b * bits_b + i_h * bits_h + i_q * words)
+            for start in range(0, gl.where(job < 0, 0, kb), 128):
+                o_k = start + gl.arange(0, 128, layout=LINE)
+                word = gl.load(p_bits + o_k // 32, mask=o_k < kb, other=-1)
+                extra = gl.load(p_bias + o_k, mask=o_k < kb, other=float("-inf")) * inv_scale
+                extra = gl.where(((word >> (o_k % 32)) & 1) == 0, extra, float("-inf"))
+                stage, phase = _load_tile(
+                    desc_pk, desc_pv, i_b, i_h, start // 128, 0, extra, k_bufs, v_bufs, extras, bars, stage, phase,
+                    True, D, 1, STAGES,
+                )  # fmt: skip
+        number, next_job, next_begin, next_full, next_n = jobs, 0, 0, 0, 0
+        next_one, next_two = kb, kb
+        tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
+        for t in range(tiles):
+            extra = gl.full([128], 0.0, gl.float32, layout=LINE)
+            if HAS_VALID or t == 0:
+                o_k = gl.arange(0, 128, layout=LINE)
+                token = o_k % BLOCK_K + BLOCK_K * gl.where(o_k < BLOCK_K, one, two)
+                here = token < sk
+                if HAS_VALID:
+                    here = here & (gl.load(valid + (i_b.to(gl.int64) * sk + token), mask=here, other=0) != 0)
+                extra = gl.where(here, 0.0, float("-inf"))
+            if t + 1 < tiles:
+                next_one, next_two = _blocks(ids, n, first, t + 1, kb, PARTS)
+            stage, phase = _load_tile(
+                desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase,
+                HAS_VALID or t == 0, D, PARTS, STAGES,
+            )  # fmt: skip
+            one, two = next_one, next_two
+            if t == 0:
+                # The next job was claimed one job ago; its list is asked for now, so that nobody waits for either.
+                number = programs + _claimed(claim)
+                claim = _claim(counter)
+                next_job, next_begin, next_full, next_n = _read_row(
+                    row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
+                )
+            # Its queries follow once those of this job have left their buffer, or when there is nothing else to do.
+            if t == gl.minimum(tiles - 1, STAGES + 1):
+                for w in gl.static_range(2):
+                    mbarrier.wait(q_empty.index(w), q_phase ^ 1)
+                q_phase ^= 1
+                if FAST:
+                    head = _collect(failed, again, head)
+                if job == -2:
+                    # The job before has been finished: now it is known what must be repeated.
+                    careful = 1
+                    next_job = -1
+                elif (careful != 0) | (number >= jobs):
+                    next_job, next_full, next_n = -2, 0, 0
+                if FAST:  # noqa: SIM102
+                    if (careful != 0) & (head >= 0):
+                        next_job, next_begin, next_full, next_n = _read_row(
+                            row_start, full, partial, order, head, jobs, jobs, qb, heads, list_b, list_h, HAS_PARTIAL
+                        )
+                        head = gl.load(again + head)
+                _announce(
+                    desc_q, q_bufs, info, q_full, next_job, next_n, careful, qb, kb, heads,
+                    PARTS, HAS_POOLED, HAS_VALID, GATHER,
+                )  # fmt: skip
+        job, begin, n_full, n = next_job, next_begin, next_full, next_n
+        first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
+        one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)

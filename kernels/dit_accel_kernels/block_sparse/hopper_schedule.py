@@ -1,0 +1,67 @@
+"""In which order the last query blocks are done: longest list first, found on the GPU without a host read."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..aot_spec import AotSpec
+
+__all__ = ["AOT_SPECS", "BLOCK", "OTHERS", "longest_first_kernel"]
+
+# Jobs of a program, and those it compares them with at once: many small programs, so that it takes a few microseconds.
+BLOCK = 16
+OTHERS = 1024
+
+
+@triton.jit
+def _length(full, partial, job, last, qb, heads, list_b, list_h, HAS_PARTIAL: tl.constexpr):
+    """Length of the lists of some jobs, -1 behind the last."""
+    rest = job // qb
+    i_row = rest // heads * list_b + rest % heads * list_h + (job - rest * qb)
+    n = tl.load(full + i_row, mask=job < last, other=-1)
+    if HAS_PARTIAL:
+        n += tl.load(partial + i_row, mask=job < last, other=0)
+    return n
+
+
+@triton.jit(do_not_specialize=["first", "jobs", "qb", "heads", "list_b", "list_h"])
+def longest_first_kernel(
+    full, partial, order, counter, first, jobs, qb, heads, list_b, list_h,
+    HAS_PARTIAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """Write the jobs from ``first`` on by descending length of their lists, ties in their order; zero the counter.
+
+    The place of a job is the number of those before it, counted: there are some hundred.
+    """
+    i_chunk = tl.program_id(0)
+    job = first + i_chunk * BLOCK + tl.arange(0, BLOCK)
+    n = _length(full, partial, job, jobs, qb, heads, list_b, list_h, HAS_PARTIAL)
+    place = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(first, jobs, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        m = _length(full, partial, other, jobs, qb, heads, list_b, list_h, HAS_PARTIAL)
+        before = (m[None, :] > n[:, None]) | ((m[None, :] == n[:, None]) & (other[None, :] < job[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(order + place, job, mask=job < jobs)
+    tl.store(counter, 0, mask=i_chunk == 0)
+
+
+AOT_SPECS = [
+    AotSpec(
+        name=f"block_sparse_hopper/schedule{'/partial' * has_partial}",
+        fn=longest_first_kernel,
+        signature={
+            "full": "*i32",
+            "partial": "*i32" if has_partial else "constexpr",
+            **dict.fromkeys(("order", "counter"), "*i32"),
+            **dict.fromkeys(("first", "jobs", "qb", "heads", "list_b", "list_h"), "i32"),
+            **dict.fromkeys(("HAS_PARTIAL", "BLOCK", "OTHERS"), "constexpr"),
+        },
+        constexprs={"HAS_PARTIAL": has_partial, "BLOCK": BLOCK, "OTHERS": OTHERS}
+        | ({} if has_partial else {"partial": None}),
+        options={"num_warps": 4},
+        targets=("sm_90",),
+    )
+    for has_partial in (False, True)
+]
