@@ -50,7 +50,9 @@ LAYERS = (
     Layer(
         "dit_accel_eval",
         ROOT / "eval/dit_accel_eval",
-        frozenset({"dit_accel_kernels", "dit_accel", "dit_accel_patches", "rich", "typer"} | NUMERIC | DIFFUSERS | METRICS),
+        frozenset(
+            {"dit_accel_kernels", "dit_accel", "dit_accel_patches", "rich", "typer"} | NUMERIC | DIFFUSERS | METRICS
+        ),
         frozenset({"triton", "jinja2", "pynvml", "huggingface_hub"}),
     ),
 )

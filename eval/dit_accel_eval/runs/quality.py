@@ -60,8 +60,8 @@ def choose_metrics(asked: Sequence[str] | None, profile: str = "offline") -> Cho
 
     Args:
         asked: presets (``standard``, ``quick``, ``svg``, ``teacache``), names of paired metrics, names in
-            :data:`DISTRIBUTION`, ``vbench`` for all its dimensions or ``vbench:DIMENSION``. ``None`` is :func:`default_preset` without
-            what is missing here.
+            :data:`DISTRIBUTION`, ``vbench`` for all its dimensions or ``vbench:DIMENSION``. ``None`` is
+            :func:`default_preset` without what is missing here.
         profile: ``"offline"`` or ``"official"``.
 
     Raises:

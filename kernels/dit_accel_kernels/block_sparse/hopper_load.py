@@ -257,4 +257,4 @@ def producer(
                 )  # fmt: skip
         job, begin, n_full, n = next_job, next_begin, next_full, next_n
         first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
-        one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)
+        one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)  # type: ignore[attr-defined]
