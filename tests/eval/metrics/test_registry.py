@@ -17,7 +17,8 @@ def pair(frames: int = 3, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_every_metric_says_what_it_is() -> None:
-    assert set(metrics.PRESETS) == {"standard", "svg", "teacache"}
+    assert set(metrics.PRESETS) == {"standard", "quick", "svg", "teacache"}
+    assert set(metrics.PRESETS["quick"]) < set(metrics.PRESETS["standard"])
     for name, metric in metrics.REGISTRY.items():
         assert metric.name == name
         assert metric.summary
@@ -25,7 +26,7 @@ def test_every_metric_says_what_it_is() -> None:
         assert metric.extractor is None or metric.extractor in (*extractors.WEIGHTS, vmaf.EXTRACTOR)
     for preset, names in metrics.PRESETS.items():
         assert all(name in metrics.REGISTRY for name in names)
-        assert preset == "standard" or all(name.endswith(f"@{preset}") for name in names)
+        assert preset in ("standard", "quick") or all(name.endswith(f"@{preset}") for name in names)
 
 
 def test_pixel_metrics_need_nothing() -> None:
