@@ -14,8 +14,6 @@ metadata under the key ``gate``.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dit_accel._files import write_whole
 from dit_accel.learned import POOLS, BlockFeatures
 
 if TYPE_CHECKING:
@@ -146,15 +145,7 @@ class Gate:
         """Write the file, atomically."""
         meta = json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self.info)})
         data = save({"query": self.query.contiguous().cpu(), "key": self.key.contiguous().cpu()}, {"gate": meta})
-        path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, data)
 
     @classmethod
     def load(cls, path: str | Path) -> Gate:

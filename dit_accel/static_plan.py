@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dit_accel._files import write_whole
 from dit_accel.adapter import StepInfo
 from dit_accel.choice import CHOICES
 from dit_accel.compensate import make_compensation
@@ -128,15 +127,7 @@ class StaticPlan:
         if self.windows is not None:
             tensors["windows"] = self.windows
         data = save(tensors, {"plan": json.dumps(meta)})
-        path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, data)
 
     @classmethod
     def load(cls, path: str | Path) -> StaticPlan:

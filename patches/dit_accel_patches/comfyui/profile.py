@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_accel._files import write_whole
 from dit_accel._version import __version__
 from dit_accel.static_plan import StaticPlan
 from dit_accel_patches.comfyui.settings import Settings
@@ -59,7 +58,7 @@ class Profile:
             "plan": None if self.plan is None else f"{name}.safetensors",
         }
         path = where / f"{name}.json"
-        _write(path, json.dumps(record, indent=2) + "\n")
+        write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
         return path
 
     @classmethod
@@ -124,14 +123,3 @@ def _check(path: Path, record: Any) -> None:
         raise ValueError(f"{path} has version {version!r}, this dit_accel reads up to {_VERSION}; update dit_accel")
     if set(record) != _KEYS:
         raise ValueError(f"{path} must have the keys {sorted(_KEYS)}, it has {sorted(record)}")
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
