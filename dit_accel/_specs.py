@@ -217,6 +217,13 @@ class Registry(Generic[T]):
             wanted = ", ".join(str(p) for p in list(signature.parameters.values())[leading:]) or "nothing"
             raise ValueError(f"{self.kind} {spec.name!r} takes ({wanted}), got '{spec}': {error}") from None
 
+    def argument(self, spec: str | Spec, leading: int, name: str) -> Any:
+        """The value that a checked spec gives to a parameter of its factory, or the parameter's default."""
+        spec = parse_spec(spec)
+        bound = inspect.signature(self.entry(spec.name).factory).bind(*[None] * leading, *spec.args, **spec.kwargs)
+        bound.apply_defaults()
+        return bound.arguments[name]
+
     def trait(self, spec: str | Spec, name: str, default: Any = None) -> Any:
         """A trait of the entry that ``spec`` names, or ``default``."""
         return self.entry(parse_spec(spec).name).traits.get(name, default)

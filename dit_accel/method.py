@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dit_accel._specs import Registry, parse_spec
@@ -232,24 +233,24 @@ class Method:
         if self.static and not self.is_geometric and score != "mass":
             raise ValueError(f"a static plan is made from score 'mass' or a pattern, got {self.score!r}")
 
-    @property
+    @cached_property
     def is_geometric(self) -> bool:
         """Whether the mask follows from the geometry alone."""
         return parse_spec(self.score).name in PATTERNS
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether every block is kept, so that dense attention does the same."""
         return not self.is_geometric and parse_spec(self.select).name == "all"
 
-    @property
+    @cached_property
     def plans_from_data(self) -> bool:
         """Whether a plan looks at queries and keys; a pattern in a fixed order does not, unless its compensation does."""
         if not self.is_geometric or keeps_data(self.compensate):
             return True
         return parse_spec(self.order_choice).name != "fixed"
 
-    @property
+    @cached_property
     def needs_lse(self) -> bool:
         """Whether plans are made from the log-sum-exp or the output of dense attention."""
         if make_compensation(self.compensate).needs_dense:
@@ -257,7 +258,7 @@ class Method:
         scored = not self.is_geometric and bool(SCORES.trait(self.score, "needs_lse", False))
         return scored or bool(CHOICES.trait(self.order_choice, "needs_lse", False))
 
-    @property
+    @cached_property
     def keeps_density(self) -> bool:
         """Whether a density can be asked for, and is kept."""
         name = parse_spec(self.select).name
@@ -266,23 +267,23 @@ class Method:
             chosen_by_score and bool(SCORES.trait(self.score, "keeps_density", False))
         )
 
-    @property
+    @cached_property
     def has_strength(self) -> bool:
         """Whether the selection was given a strength of its own, or leaves the choice to the score rule."""
         spec = parse_spec(self.select)
         return bool(spec.args or spec.kwargs) or spec.name == "insisted"
 
-    @property
+    @cached_property
     def has_levels(self) -> bool:
         """Whether the selection gives levels of a pyramid besides exact and skipped blocks."""
         return bool(SELECTIONS.trait(self.select, "levels", False))
 
-    @property
+    @cached_property
     def reuse_rules(self) -> Reuse:
         """:attr:`reuse`, parsed."""
         return parse_reuse(self.reuse)
 
-    @property
+    @cached_property
     def content_order(self) -> str | None:
         """The content order, if :attr:`order` names one."""
         return self.order[0] if parse_spec(self.order[0]).name in CONTENT_ORDERS else None
@@ -302,6 +303,8 @@ class Method:
 
     def logit_factor(self, tokens: int) -> float:
         """What :attr:`logit_scale` multiplies the logits of a sequence of ``tokens`` by."""
+        if self.logit_scale == "none":  # asked on every call
+            return 1.0
         spec = parse_spec(self.logit_scale)
         if spec.name == "none" and not spec.args and not spec.kwargs:
             return 1.0

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.choice import CHOICES
-from dit_accel.choice._registry import fixed_order, sampled_rows
 from dit_accel.compensate import make_compensation
 from dit_accel.content import CONTENT_ORDERS, ContentOrder
-from dit_accel.context import PlanContext, valid_in_block_order
+from dit_accel.context import PlanContext
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
 from dit_accel.masked import one_for_all
@@ -29,7 +28,7 @@ from dit_accel.selection import Forced, select
 from dit_accel_kernels.lists import pack_bits
 from dit_accel_kernels.types import TokenOrder, TokenWindows
 
-__all__ = ["Planner", "fixed_order", "sampled_rows", "valid_in_block_order"]
+__all__ = ["Planner"]
 
 _MAX_GEOMETRIES = 8
 

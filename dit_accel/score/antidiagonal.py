@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from dit_accel._specs import parse_spec
 from dit_accel.context import PlanContext
 from dit_accel.score._blocks import unless_finite
 from dit_accel.score._registry import SCORES, Scores
 from dit_accel_kernels import antidiagonal_scores
 
-_STRIDE = 8
-
 
 def _cost(method: object, geometry: object) -> float:
-    spec = parse_spec(getattr(method, "score", "antidiagonal"))
-    stride = spec.kwargs.get("stride", spec.args[0] if spec.args else _STRIDE)
+    stride = SCORES.argument(getattr(method, "score", "antidiagonal"), 1, "stride")
     return 0.5 / stride if isinstance(stride, int) and stride > 0 else 0.0
 
 
 @SCORES.register("antidiagonal", paper="arXiv 2503.16428", cost=_cost)
-def antidiagonal(ctx: PlanContext, stride: int = _STRIDE) -> Scores:
+def antidiagonal(ctx: PlanContext, stride: int = 8) -> Scores:
     """Softmax over the antidiagonal sums of cells of ``stride`` queries and keys, added up by blocks.
 
     ``A[i, j] = scale / n * sum_t q[i n + n - 1 - t] . k[j n + t]`` with ``n = stride``; the score of a block is the softmax

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel._specs import parse_spec
 from dit_accel.context import PlanContext
 from dit_accel.score._blocks import unless_finite
 from dit_accel.score._registry import SCORES, Scores
@@ -17,8 +16,7 @@ _SHARE = 0.25
 
 
 def _cost(method: object, geometry: object) -> float:
-    spec = parse_spec(getattr(method, "score", "sampled"))
-    share = spec.kwargs.get("share", spec.args[1] if len(spec.args) > 1 else _SHARE)
+    share = SCORES.argument(getattr(method, "score", "sampled"), 1, "share")
     return 0.5 * float(share) ** 2 if isinstance(share, int | float) else 0.0
 
 

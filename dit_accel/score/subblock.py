@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from dit_accel._specs import parse_spec
 from dit_accel.context import PlanContext
 from dit_accel.score._registry import SCORES, Scores
 from dit_accel_kernels import subblock_scores
 
-_PARTS = 4
-
 
 def _cost(method: object, geometry: object) -> float:
-    spec = parse_spec(getattr(method, "score", "subblock"))
-    parts = spec.kwargs.get("parts", spec.args[0] if spec.args else _PARTS)
+    parts = SCORES.argument(getattr(method, "score", "subblock"), 1, "parts")
     blocks = getattr(method, "block_q", 64) * getattr(method, "block_k", 64)
     return float(0.5 * parts**2 / blocks) if isinstance(parts, int) else 0.0
 
 
 @SCORES.register("subblock", cost=_cost)
-def subblock(ctx: PlanContext, parts: int = _PARTS) -> Scores:
+def subblock(ctx: PlanContext, parts: int = 4) -> Scores:
     """Softmax of ``log sum_ab exp(scale * mean(Q_ia) . mean(K_jb))`` over ``parts`` sub-blocks of each block.
 
     The softmax over the key blocks changes no ranking of a row; it makes the values an estimate of softmax mass.

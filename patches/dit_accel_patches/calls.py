@@ -8,17 +8,64 @@ brings queries and keys into the order that the run expects.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_accel.adapter import AttentionRun, DenseFn, StepInfo
 from dit_accel.geometry import TokenGeometry
 
-__all__ = ["RULES", "CallRule", "make_rule"]
+__all__ = ["RULES", "Call", "CallRule", "make_rule"]
 
 UNKNOWN_LENGTH = "the length of the sequence is not known before the first attention call"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention call, arguments as of :meth:`AttentionRun.attend`.
+
+    Attributes:
+        layer: index of the layer.
+        query: ``[B, S, H, D]``.
+        key: like ``query``; a rule may take further keys or fewer heads.
+        value: like ``key``.
+        scale: factor of the logits, ``D ** -0.5`` if ``None``.
+        key_valid: bool ``[B, S]``, false for padding, or ``None``.
+        dense: what to call for dense attention.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None
+    key_valid: Tensor | None
+    dense: DenseFn
+
+    def hand_to(self, run: AttentionRun) -> Tensor:
+        """Let the run carry it out, ``[B, S, H, D]``."""
+        return run.attend(
+            self.query,
+            self.key,
+            self.value,
+            layer=self.layer,
+            scale=self.scale,
+            key_valid=self.key_valid,
+            dense=self.dense,
+        )
+
+
+def _as_given(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention on what the model gave, whatever a rule has made of it."""
+    return call.dense(call.query, call.key, call.value)
+
+
+def _longer(x: Tensor, missing: int) -> Tensor:
+    """``[B, S, H, D]`` with zeros for ``missing`` tokens behind."""
+    return F.pad(x, (0, 0, 0, 0, 0, missing))
 
 
 class CallRule:
@@ -44,19 +91,9 @@ class CallRule:
     def forget(self) -> None:
         """End of a run."""
 
-    def attend(
-        self,
-        run: AttentionRun,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        key_valid: Tensor | None,
-        dense: DenseFn,
-    ) -> Tensor:
-        """One call, ``[B, S, H, D]`` in and out, arguments as of :meth:`AttentionRun.attend`."""
-        return run.attend(query, key, value, layer=layer, scale=scale, key_valid=key_valid, dense=dense)
+    def attend(self, run: AttentionRun, call: Call) -> Tensor:
+        """One call, ``[B, S, H, D]`` in and out."""
+        return call.hand_to(run)
 
 
 class KeysInFront(CallRule):
@@ -67,27 +104,14 @@ class KeysInFront(CallRule):
 
     grouped = True
 
-    def attend(
-        self,
-        run: AttentionRun,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        key_valid: Tensor | None,
-        dense: DenseFn,
-    ) -> Tensor:
+    def attend(self, run: AttentionRun, call: Call) -> Tensor:
         """Bring the further keys behind, where the run expects them."""
-        more = key.shape[1] - query.shape[1]
-        rolled = None if key_valid is None else key_valid.roll(-more, 1)
-
-        def as_given(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return dense(query, key, value)
-
-        heads = query.shape[2] // key.shape[2]
-        keys, values = (x.roll(-more, 1).repeat_interleave(heads, 2) for x in (key, value))
-        return run.attend(query, keys, values, layer=layer, scale=scale, key_valid=rolled, dense=as_given)
+        more = call.key.shape[1] - call.query.shape[1]
+        heads = call.query.shape[2] // call.key.shape[2]
+        key, value = (x.roll(-more, 1).repeat_interleave(heads, 2) for x in (call.key, call.value))
+        rolled = None if call.key_valid is None else call.key_valid.roll(-more, 1)
+        as_given = partial(_as_given, call)
+        return replace(call, key=key, value=value, key_valid=rolled, dense=as_given).hand_to(run)
 
 
 class SampleBySample(CallRule):
@@ -109,37 +133,26 @@ class SampleBySample(CallRule):
         self._sample = 0
         return super().begin(geometry, step)
 
-    def attend(
-        self,
-        run: AttentionRun,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        key_valid: Tensor | None,
-        dense: DenseFn,
-    ) -> Tensor:
+    def attend(self, run: AttentionRun, call: Call) -> Tensor:
         """Fill up to the length of the geometry."""
-        sample = self._seen.get(layer, 0)
-        self._seen[layer] = sample + 1
+        sample = self._seen.get(call.layer, 0)
+        self._seen[call.layer] = sample + 1
         if sample != self._sample:
             self._sample = sample
             name = self.step.branch if sample == 0 else f"{self.step.branch}/{sample}"
             run.begin_forward(self.geometry, replace(self.step, branch=name))
-        tokens = query.shape[1]
+        tokens = call.query.shape[1]
         missing = 0 if isinstance(self.geometry, str) else self.geometry.tokens - tokens
-        if missing <= 0 or key_valid is not None:
-            return run.attend(query, key, value, layer=layer, scale=scale, key_valid=key_valid, dense=dense)
-        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
-        valid = torch.arange(tokens + missing, device=q.device)[None] < tokens
+        if missing <= 0 or call.key_valid is not None:
+            return call.hand_to(run)
+        query, key, value = (_longer(x, missing) for x in (call.query, call.key, call.value))
+        valid = (torch.arange(tokens + missing, device=query.device)[None] < tokens).expand(query.shape[0], -1)
 
         def as_given(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = dense(query, key, value)
-            return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, missing))
+            return _longer(_as_given(call, q, k, v), missing)
 
-        valid = valid.expand(q.shape[0], -1)
-        return run.attend(q, k, v, layer=layer, scale=scale, key_valid=valid, dense=as_given)[:, :tokens]
+        filled = replace(call, query=query, key=key, value=value, key_valid=valid, dense=as_given)
+        return filled.hand_to(run)[:, :tokens]
 
 
 class Elastic(CallRule):
@@ -168,25 +181,15 @@ class Elastic(CallRule):
             return None
         return replace(base, suffix=base.suffix + tokens - base.tokens)
 
-    def attend(
-        self,
-        run: AttentionRun,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        key_valid: Tensor | None,
-        dense: DenseFn,
-    ) -> Tensor:
+    def attend(self, run: AttentionRun, call: Call) -> Tensor:
         """Tell the run the length before the call, if it is a new one."""
-        tokens = query.shape[1]
+        tokens = call.query.shape[1]
         if isinstance(self.geometry, str) or tokens != self.geometry.tokens:
             found = self.stretched(tokens)
             if found is not None:
                 self.geometry = self._found[self._base] = found
                 run.begin_forward(found, self.step)
-        return run.attend(query, key, value, layer=layer, scale=scale, key_valid=key_valid, dense=dense)
+        return call.hand_to(run)
 
 
 class Flat(Elastic):
@@ -197,22 +200,13 @@ class Flat(Elastic):
         known = 0 if isinstance(self.geometry, str) else self.geometry.tokens
         return TokenGeometry.flat(tokens) if tokens > known else None
 
-    def attend(
-        self,
-        run: AttentionRun,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        key_valid: Tensor | None,
-        dense: DenseFn,
-    ) -> Tensor:
+    def attend(self, run: AttentionRun, call: Call) -> Tensor:
         """Cross-attention is not told apart by its name here, so it is by its shape."""
-        if key.shape[1] != query.shape[1]:
-            run.decline(layer, f"not self-attention: {query.shape[1]} queries on {key.shape[1]} keys")
-            return dense(query, key, value)
-        return super().attend(run, layer, query, key, value, scale, key_valid, dense)
+        queries, keys = call.query.shape[1], call.key.shape[1]
+        if keys != queries:
+            run.decline(call.layer, f"not self-attention: {queries} queries on {keys} keys")
+            return call.dense(call.query, call.key, call.value)
+        return super().attend(run, call)
 
 
 RULES: dict[str, Callable[[], CallRule]] = {

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dit_accel_patches.calls import Call
 from dit_accel_patches.handles import LayerHandle, find
 
 __all__ = ["DenseCall", "attend", "set_dense_call"]
@@ -65,7 +66,7 @@ def _attend(
     if rule is None:
         out = run.attend(query, key, value, layer=handle.index, scale=scale, key_valid=key_valid, dense=dense)
     else:
-        out = rule.attend(run, handle.index, query, key, value, scale, key_valid, dense)
+        out = rule.attend(run, Call(handle.index, query, key, value, scale, key_valid, dense))
     if out.shape != query.shape:
         raise RuntimeError(f"attend() of layer {handle.index} must return {tuple(query.shape)}, got {tuple(out.shape)}")
     return _as_promised(out, query)

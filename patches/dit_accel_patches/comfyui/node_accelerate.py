@@ -110,8 +110,8 @@ class AccelerateAttention:
                     list(BLOCK_SIZES),
                     {
                         "default": "auto",
-                        "tooltip": "Tokens per block of the sparse kernel. auto: 128 on Hopper (a kernel of its own, 1.4 "
-                        "times as fast as 64 at density 0.2), else the method's own.",
+                        "tooltip": "Tokens per block of the sparse kernel. auto: 128 where the Hopper "
+                        "kernel runs, else the method's own.",
                     },
                 ),
                 "verbose": (

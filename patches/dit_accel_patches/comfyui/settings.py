@@ -20,7 +20,6 @@ PRECISIONS: dict[str, torch.dtype | None] = {"model": None, "bfloat16": torch.bf
 BLOCK_SIZES = ("auto", "64", "128")
 
 _RANGE = re.compile(r"^(\d+)(?:\s*-\s*(\d+))?$")
-_SHARES = ("top_k", "top_k_adaptive", "top_k_head")
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
@@ -39,12 +38,6 @@ def parse_blocks(text: str) -> tuple[int, ...]:
             raise ValueError(f"dense_blocks: the range {part!r} runs backwards; write '{last}-{first}'")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
-
-
-def _keeps_share(method: Method) -> bool:
-    """Whether a density can be asked for and is kept."""
-    known = getattr(method, "keeps_density", None)
-    return method.score == "window" or method.select in _SHARES if known is None else bool(known)
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ class Settings:
         if method.is_dense or self.quality == "method":
             return method
         chosen = QUALITIES[self.quality]
-        if chosen is not None and not _keeps_share(method):
+        if chosen is not None and not method.keeps_density:
             raise ValueError(
                 f"method {self.method!r} does not keep a fixed share of the blocks, so quality {self.quality!r} means "
                 "nothing to it; choose quality 'method' (its own default) or 'custom'"
