@@ -1,0 +1,149 @@
+"""One consumer of the 8-bit Hopper kernel when values stay in 16 bits: its steps and its jobs; see :mod:`.hopper8`."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from ..block_sparse.hopper_steps import next_stage, release
+from .hopper8_finish import finish
+from .hopper8_weights import (
+    declare_flag,
+    first_logits,
+    load_scales,
+    logits,
+    note_sums,
+    pack_weights,
+    shares_of,
+    start_logits,
+    too_large,
+    total,
+    weights_of,
+)
+
+__all__ = ["consumer", "told"]
+
+
+@gluon.jit
+def told(info, q_full, q_phase):
+    """Wait for the next job: its number and its tiles; -1 at the end, -2 to only finish the one before."""
+    mbarrier.wait(q_full, q_phase)
+    ALL: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    x = info.load(ALL)
+    o = gl.arange(0, 2, layout=ALL)
+    return gl.sum(gl.where(o == 0, x, 0), 0), gl.sum(gl.where(o == 1, x, 0), 0)
+
+
+@gluon.jit
+def _start(
+    acc, p0, p1, q_op, k_bufs, v_bufs, bars, stage, phase, after, after_phase, S_LAYOUT: gl.constexpr, D: gl.constexpr
+):
+    """Begin all products of a step: four groups, to be waited for in this order."""
+    mbarrier.wait(bars[0].index(after), after_phase)
+    s0 = start_logits(q_op, k_bufs, after * 2, S_LAYOUT, D)
+    s1 = start_logits(q_op, k_bufs, after * 2 + 1, S_LAYOUT, D)
+    mbarrier.wait(bars[1].index(stage), phase)
+    acc = warpgroup_mma(p0, v_bufs.index(stage * 2).reshape([64, D]), acc, is_async=True)
+    acc = warpgroup_mma(p1, v_bufs.index(stage * 2 + 1).reshape([64, D]), acc, is_async=True)
+    return acc, s0, s1
+
+
+@gluon.jit
+def _first_tile(
+    acc, p0, p1, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Weights, base and sums of the first tile of a job, while the last values of the job before are added."""
+    after, after_phase = next_stage(stage, phase, STAGES)
+    acc, s0, s1 = _start(acc, p0, p1, q_op, k_bufs, v_bufs, bars, stage, phase, after, after_phase, S_LAYOUT, D)
+    s0, s1 = warpgroup_mma_wait(2, deps=[s0, s1])
+    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, S_LAYOUT)
+    w0, w1 = gl.exp2(x0 - gl.expand_dims(base, 1)), gl.exp2(x1 - gl.expand_dims(base, 1))
+    shares = shares_of(w0) + shares_of(w1)
+    new_p0, new_p1 = pack_weights(w0, p0.dtype, O_LAYOUT), pack_weights(w1, p0.dtype, O_LAYOUT)
+    acc, p0, p1, new_p0, new_p1 = warpgroup_mma_wait(0, deps=[acc, p0, p1, new_p0, new_p1])
+    release(bars[2].index(after))
+    return acc, new_p0, new_p1, base, shares, after, after_phase
+
+
+@gluon.jit
+def _step(
+    acc, p0, p1, base, shares, q_op, q_factor, k_bufs, v_bufs, scales, bars, stage, phase, limit,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, I_W: gl.constexpr,
+):  # fmt: skip
+    """Add the values of the tile at ``(stage, phase)`` and turn the logits of the next one into weights."""
+    after, after_phase = next_stage(stage, phase, STAGES)
+    acc, s0, s1 = _start(acc, p0, p1, q_op, k_bufs, v_bufs, bars, stage, phase, after, after_phase, S_LAYOUT, D)
+    scale0, scale1 = load_scales(scales, after)
+    f0, f1 = q_factor * scale0, q_factor * scale1
+    s0, s1 = warpgroup_mma_wait(2, deps=[s0, s1])
+    w0, w1 = weights_of(s0, f0, base), weights_of(s1, f1, base)
+    new_p0, new_p1 = pack_weights(w0, p0.dtype, O_LAYOUT), pack_weights(w1, p0.dtype, O_LAYOUT)
+    sums = note_sums(shares_of(w0) + shares_of(w1), limit, I_W)
+    bad = too_large(stage, I_W)
+    acc, p0, p1, new_p0, new_p1 = warpgroup_mma_wait(0, deps=[acc, p0, p1, new_p0, new_p1])
+    release(bars[2].index(after))
+    if bad != 0:
+        x0, x1 = logits(s0, f0), logits(s1, f1)
+        new_base = gl.maximum(base, gl.maximum(gl.max(x0, 1), gl.max(x1, 1)))
+        shrink = gl.exp2(base - new_base)
+        base = new_base
+        w0, w1 = gl.exp2(x0 - gl.expand_dims(base, 1)), gl.exp2(x1 - gl.expand_dims(base, 1))
+        sums = shares_of(w0) + shares_of(w1)
+        new_p0, new_p1 = pack_weights(w0, p0.dtype, O_LAYOUT), pack_weights(w1, p0.dtype, O_LAYOUT)
+        shares = shares * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, shares.type.layout)), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout)), 1)
+    return acc, new_p0, new_p1, base, shares + sums, after, after_phase
+
+
+@gluon.jit
+def consumer(
+    args, I_W: gl.constexpr, D: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """Do 64 rows of each job of the program; values are bfloat16."""
+    (
+        desc_o, out, lse, v_scale, table, head_row, scale2, limit, _zero, qb, heads, sq, out_b, out_h, out_s,
+        q_bufs, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
+    ) = args  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    S_ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    q_tile = q_bufs.index(I_W).reshape([64, D])
+    row_scales = q_scales.slice(I_W * 64, 64)
+    # As if a job without a number had come before: its weights are 0, its values are what the memory holds.
+    stage, phase, q_phase, done = STAGES - 1, 1, 0, -2
+    acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
+    p0 = pack_weights(gl.zeros([64, 64], gl.float32, layout=S_LAYOUT), v_bufs.dtype, O_LAYOUT)
+    p1 = p0
+    done_base = gl.zeros([64], gl.float32, layout=S_ROW)
+    done_sum = done_base
+    job, tiles = told(info, q_full.index(I_W), q_phase)
+    job = declare_flag(job, I_W)
+    while job != -1:
+        q_op = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 4))
+        q_factor = row_scales.load(S_ROW) * scale2
+        release(q_empty.index(I_W))
+        acc, p0, p1, base, shares, stage, phase = _first_tile(
+            acc, p0, p1, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+            S_LAYOUT, O_LAYOUT, D, STAGES,
+        )  # fmt: skip
+        if done >= 0:
+            finish(
+                acc, done_sum, done_base + gl.log2(done_sum), o_bufs.index(I_W), desc_o, out, lse, v_scale, table,
+                head_row, sq, done, qb, heads, out_b * 8, out_h * 8, out_s * 8, I_W, D, DIM, GATHER, HAS_LSE, False,
+                ROWS,
+            )  # fmt: skip
+        acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
+        for _t in range(tiles - 1):
+            acc, p0, p1, base, shares, stage, phase = _step(
+                acc, p0, p1, base, shares, q_op, q_factor, k_bufs, v_bufs, scales, bars, stage, phase, limit,
+                S_LAYOUT, O_LAYOUT, D, STAGES, I_W,
+            )  # fmt: skip
+        done, done_base, done_sum = job, base, total(shares, S_LAYOUT)
+        q_phase ^= 1
+        job, tiles = told(info, q_full.index(I_W), q_phase)
+    # The last job was one without a number: nothing of it may be on its way when the program ends.
+    mbarrier.wait(bars[1].index(stage), phase)

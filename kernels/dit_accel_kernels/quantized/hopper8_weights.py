@@ -1,0 +1,230 @@
+"""Weights of the 8-bit Hopper kernel: from products to exponentials, to words of four e4m3 codes, to operands.
+
+Also the register in which a warp notes that weights have become too large; see :mod:`.hopper8`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+__all__ = [
+    "declare_flag",
+    "first_logits",
+    "load_scales",
+    "logits",
+    "note_codes",
+    "note_sums",
+    "operand",
+    "pack_weights",
+    "pause",
+    "shares_of",
+    "start_logits",
+    "sums_of_codes",
+    "too_large",
+    "total",
+    "weights_of",
+]
+
+
+@gluon.jit
+def declare_flag(anything, I_W: gl.constexpr):
+    """Declare the register in which a warp of consumer ``I_W`` notes that weights are too large; returns its argument.
+
+    Gluon can make a scalar out of a tensor by a reduction across the warpgroup only: shuffles, shared memory and two
+    barriers. A register of PTX that no value of the compiler stands for costs nothing.
+    """
+    TEXT: gl.constexpr = (
+        ".reg .u32 too_large_0;\nmov.u32 too_large_0, 0;\nmov.u32 $0, $1;"
+        if I_W == 0
+        else ".reg .u32 too_large_1;\nmov.u32 too_large_1, 0;\nmov.u32 $0, $1;"
+    )
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def note_codes(p, I_W: gl.constexpr):
+    """Note e4m3 weights, four in a word, that are as large as can be, 448 (0x7e): adding 2 sets a byte's highest bit."""
+    TEXT: gl.constexpr = (
+        "{ .reg .u32 t; add.u32 t, $1, 0x02020202; or.b32 too_large_0, too_large_0, t; mov.u32 $0, $1; }"
+        if I_W == 0
+        else "{ .reg .u32 t; add.u32 t, $1, 0x02020202; or.b32 too_large_1, too_large_1, t; mov.u32 $0, $1; }"
+    )
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [p], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def note_sums(sums, limit, I_W: gl.constexpr):
+    """Note sums of the weights of a tile above ``limit``, and those that are NaN."""
+    TEXT: gl.constexpr = (
+        """{ .reg .pred a; setp.gtu.f32 a, $2, $4; @a mov.u32 too_large_0, -1; setp.gtu.f32 a, $3, $4;
+        @a mov.u32 too_large_0, -1; mov.f32 $0, $2; mov.f32 $1, $3; }"""
+        if I_W == 0
+        else """{ .reg .pred a; setp.gtu.f32 a, $2, $4; @a mov.u32 too_large_1, -1; setp.gtu.f32 a, $3, $4;
+        @a mov.u32 too_large_1, -1; mov.f32 $0, $2; mov.f32 $1, $3; }"""
+    )
+    return gl.inline_asm_elementwise(TEXT, "=f,=f,f,f,f,f", [sums, limit], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def pause(anything, I_W: gl.constexpr):
+    """Keep ptxas from waiting for a product before the exponentials so far are under way; returns its argument.
+
+    It moves a wait, which has no operands, across anything but a branch: here one that depends on the codes so far and is
+    all but never taken.
+    """
+    TEXT: gl.constexpr = (
+        """{ .reg .pred a; .reg .u32 t; and.b32 t, too_large_0, 0x80808080; setp.ne.u32 a, t, 0;
+        @a nanosleep.u32 1; mov.u32 $0, $1; }"""
+        if I_W == 0
+        else """{ .reg .pred a; .reg .u32 t; and.b32 t, too_large_1, 0x80808080; setp.ne.u32 a, t, 0;
+        @a nanosleep.u32 1; mov.u32 $0, $1; }"""
+    )
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def too_large(anything, I_W: gl.constexpr):
+    """Whether a lane of this warp has noted something since it was last asked."""
+    TEXT: gl.constexpr = (
+        """{ .reg .pred a; .reg .u32 t; and.b32 t, too_large_0, 0x80808080; setp.ne.u32 a, t, 0;
+        vote.sync.any.pred a, a, -1; @a nanosleep.u32 1; mov.u32 too_large_0, 0; selp.u32 $0, 1, 0, a; // $1
+        }"""
+        if I_W == 0
+        else """{ .reg .pred a; .reg .u32 t; and.b32 t, too_large_1, 0x80808080; setp.ne.u32 a, t, 0;
+        vote.sync.any.pred a, a, -1; @a nanosleep.u32 1; mov.u32 too_large_1, 0; selp.u32 $0, 1, 0, a; // $1
+        }"""
+    )
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def shares_of(weights):
+    """Sums of the four shares of each row that different lanes hold, ``[64, 4]``: lanes add up once a job."""
+    return gl.sum(gl.sum(weights.reshape([64, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def total(shares, S_LAYOUT: gl.constexpr):
+    """Sums of the rows from those of their shares."""
+    return gl.convert_layout(gl.sum(shares, 1), gl.SliceLayout(1, S_LAYOUT))
+
+
+@gluon.jit
+def pack_weights(weights, P: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """Weights rounded to ``P``, as they are carried to the product with the values: no lane gives anything to another.
+
+    For 8-bit values a thread holds columns ``8b + 2t + e`` of 16 and hands them in as columns ``4t + 2b + e``, the order
+    in which the keys of the values lie in memory. These four are one word from here on: LLVM would carry them through
+    branches and loops in a register each, and pay 200 instructions a step for it.
+    """
+    if P.primitive_bitwidth == 16:
+        return gl.convert_layout(weights.to(P), gl.DotOperandLayout(0, O_LAYOUT, 2), assert_trivial=True)
+    else:
+        w = weights.reshape([64, 4, 2, 4, 2]).permute([0, 1, 3, 2, 4])  # row, 16 columns, t, b, e
+        even, odd = w.split()
+        a, c = even.split()
+        b, d = odd.split()
+        return gl.inline_asm_elementwise(
+            """{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high}; }""",
+            "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _columns(p):
+    """Words ``[64, 4, 4]`` as four tensors ``[64, 4]``, one for each 16 columns."""
+    x, y = p.permute([0, 2, 1]).reshape([64, 4, 2, 2]).split()
+    a, c = x.split()
+    b, d = y.split()
+    return a, b, c, d
+
+
+@gluon.jit
+def sums_of_codes(p0, p1):
+    """Sums of the rounded weights of a tile in four shares of each row, ``[64, 4]``.
+
+    By rounded weights, so that one that outweighs all others is 1 whatever its rounding. Pairs of codes become pairs of
+    float16, which have room for sums of 16: as many instructions as sums of float32 would be.
+    """
+    a, b, c, d = _columns(p0)
+    e, f, g, h = _columns(p1)
+    return gl.inline_asm_elementwise(
+        """{ .reg .b16 l, h; .reg .b32 s, t, u, v, x, y; .reg .f32 m, n;
+        mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 s, x, y;
+        mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 t, x, y;
+        mov.b32 {l, h}, $3; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 u, x, y;
+        mov.b32 {l, h}, $4; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 v, x, y;
+        add.rn.f16x2 s, s, t; add.rn.f16x2 u, u, v; add.rn.f16x2 s, s, u;
+        mov.b32 {l, h}, $5; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 t, x, y;
+        mov.b32 {l, h}, $6; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 u, x, y;
+        add.rn.f16x2 t, t, u;
+        mov.b32 {l, h}, $7; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 u, x, y;
+        mov.b32 {l, h}, $8; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h; add.rn.f16x2 v, x, y;
+        add.rn.f16x2 u, u, v; add.rn.f16x2 t, t, u; add.rn.f16x2 s, s, t;
+        mov.b32 {l, h}, s; cvt.f32.f16 m, l; cvt.f32.f16 n, h; add.f32 $0, m, n; }""",
+        "=f,r,r,r,r,r,r,r,r", [a, b, c, d, e, f, g, h], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def operand(p, zero, P: gl.constexpr, O_LAYOUT: gl.constexpr):
+    """Packed weights as the operand of a product, in registers of its own.
+
+    ``zero`` is 0, which no compiler knows: one that did would make the weights in the registers of the operand while the
+    product before still reads them, and would then do one product after the other (C7513).
+    """
+    if P.primitive_bitwidth == 16:
+        return p
+    else:
+        # Four elements with the same word, so that four elements of 8 bits can be made of it.
+        words = gl.join(gl.join(p, p), gl.join(p, p)).reshape([64, 64])
+        words = gl.convert_layout(words, gl.DotOperandLayout(0, O_LAYOUT, 4), assert_trivial=True)
+        return gl.inline_asm_elementwise(
+            "or.b32 $0, $1, $5;", "=r,r,r,r,r,r,r,r,r", [words, zero], dtype=gl.float8e4nv, is_pure=False, pack=4
+        )
+
+
+@gluon.jit
+def start_logits(q_op, k_bufs, at, S_LAYOUT: gl.constexpr, D: gl.constexpr):
+    """Begin the product of the queries with 64 keys."""
+    k_tile = k_bufs.index(at).reshape([64, D]).permute([1, 0])
+    if k_bufs.dtype == gl.int8:
+        s = gl.zeros([64, 64], gl.int32, layout=S_LAYOUT)
+    else:
+        s = gl.zeros([64, 64], gl.float32, layout=S_LAYOUT)
+    return warpgroup_mma(q_op, k_tile, s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def load_scales(scales, stage):
+    """The scales of the two halves of a tile."""
+    ALL: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    x = scales.index(stage).load(ALL)
+    o = gl.arange(0, 2, layout=ALL)
+    return gl.sum(gl.where(o == 0, x, 0.0), 0), gl.sum(gl.where(o == 1, x, 0.0), 0)
+
+
+@gluon.jit
+def logits(s, factor):
+    """Logits of one half in units of log 2."""
+    return s.to(gl.float32) * gl.expand_dims(factor, 1)
+
+
+@gluon.jit
+def weights_of(s, factor, base):
+    """Weights of one half relative to ``base``: one multiply-add and one exponential each."""
+    return gl.exp2(s.to(gl.float32) * gl.expand_dims(factor, 1) - gl.expand_dims(base, 1))
+
+
+@gluon.jit
+def first_logits(s0, s1, q_factor, scales, extras, at, S_LAYOUT: gl.constexpr):
+    """Logits of both halves of a first tile, minus infinity for keys that do not count, and their maxima."""
+    scale0, scale1 = load_scales(scales, at)
+    extra = extras.index(at)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    x0 = logits(s0, q_factor * scale0) + gl.expand_dims(extra.slice(0, 64).load(ROW), 0)
+    x1 = logits(s1, q_factor * scale1) + gl.expand_dims(extra.slice(64, 64).load(ROW), 0)
+    return x0, x1, gl.maximum(gl.maximum(gl.max(x0, 1), gl.max(x1, 1)), -1.0e30)
