@@ -1,6 +1,6 @@
 """The Hopper kernel beside the Triton kernel and dense cuDNN attention.
 
-``PYTHONPATH=kernels python benchmarks/hopper.py`` takes about two minutes on one H100 or H200. Each variant must first
+``PYTHONPATH=.:kernels python benchmarks/hopper.py`` takes about two minutes on one H100 or H200. Each variant must first
 agree with the masked reference in a process of its own (a wrong barrier hangs); these processes run at once, which also
 fills Triton's cache. Rates are 4 * visited pairs * D / time; those of dense attention count all pairs.
 
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,8 +35,15 @@ from dit_accel_kernels.block_sparse.hopper_specs import HopperConfig, hopper_con
 from dit_accel_kernels.lists import lists_from_levels, pack_bits
 from dit_accel_kernels.types import BlockLists, Pooled, TokenOrder
 
-SHAPES = {"H12 S32768 d128": (12, 32768, 128), "H24 S16896 d128": (24, 16896, 128), "H30 S17792 d64": (30, 17792, 64)}
-CASES = ((1.0, False), (0.5, False), (0.25, False), (0.1, False), (0.25, True))
+SHAPES = {
+    "H12 S32768 d128": (12, 32768, 128),
+    "H24 S16896 d128": (24, 16896, 128),
+    "H30 S17792 d64": (30, 17792, 64),
+    "H40 S75648 d128": (40, 75648, 128),
+}
+CASES = ((1.0, False), (0.5, False), (0.25, False), (0.1, False), (0.25, True), (0.1, True))
+LONG_CASES = ((0.25, False), (0.25, True))
+FLUX_SHORT = (24, 4608, 128)  # FLUX at 1024 x 1024 with its text
 WARM_LIMIT_S = 100.0
 CUDNN = "cuDNN dense"
 
@@ -58,8 +66,8 @@ def variants(dim: int) -> dict[str, HopperConfig]:
     base = hopper_config(dim)
     return {
         "default": base,
-        "online softmax": replace(base, fast=False),
-        "one stage less": replace(base, stages=base.stages - 1),
+        "2 rounds": replace(base, sorted_rounds=2),
+        "6 rounds": replace(base, sorted_rounds=6),
         "in order": replace(base, sorted_rounds=0),
     }
 
@@ -102,8 +110,10 @@ def warm(dim: int, name: str) -> int:
     q, k, v, levels = make(6, 6144, dim, 0.2, uneven=True)
     lists = to_lists(levels)
     options: list[Pooled | None] = [None, remainder(k, v, levels)] if name == "default" else [None]
+    order = TokenOrder(torch.randperm(6144, device="cuda").int()[None], torch.zeros(6).int().cuda())
     for pooled in options:
         call: dict[str, Any] = {"scale": dim**-0.5, "pooled": pooled}
+        call["order"] = None if pooled is None else order
         out, lse = block_sparse_hopper(q, k, v, lists, config=variants(dim)[name], return_lse=True, **call)
         torch.cuda.synchronize()
         if pooled is not None:
@@ -180,22 +190,23 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def main_cases(shape: str, failed: dict[tuple[int, str], str], rounds: int) -> list[Row]:
-    """All densities of one shape, with all variants at 0.25."""
+    """All densities of one shape, with all variants for uneven rows."""
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
     from dit_accel_kernels.block_sparse.launch import block_sparse_triton
 
     heads, tokens, dim = SHAPES[shape]
     scale, rows = dim**-0.5, []
-    for density, uneven in CASES:
+    for density, uneven in CASES if tokens < 50000 else LONG_CASES:
         q, k, v, levels = make(heads, tokens, dim, density, uneven)
         lists = to_lists(levels)
         work = 4.0 * 128 * 128 * dim * int(levels.sum())
         calls = {
             CUDNN: (partial(dense, q, k, v), 4.0 * heads * tokens * tokens * dim),
-            "triton": (partial(block_sparse_triton, q, k, v, lists, scale=scale), work),
         }
+        if density == 0.25 and tokens < 50000:
+            calls["triton"] = (partial(block_sparse_triton, q, k, v, lists, scale=scale), work)
         for name, config in variants(dim).items():
-            if (dim, name) not in failed and (density == 0.25 or name == "default"):
+            if (dim, name) not in failed and (uneven or name == "default"):
                 call = partial(block_sparse_hopper, q, k, v, lists, scale=scale, config=config)
                 calls[f"hopper {name}"] = (call, work)
         rows += in_turns(shape, f"{density}{' uneven' * uneven}", calls, rounds)
@@ -205,7 +216,6 @@ def main_cases(shape: str, failed: dict[tuple[int, str], str], rounds: int) -> l
 def feature_cases(shape: str, rounds: int) -> list[Row]:
     """What a remainder, an order, padding and key blocks of 64 cost at density 0.2; rates count exact blocks only."""
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
-    from dit_accel_kernels.block_sparse.launch import block_sparse_triton
 
     heads, tokens, dim = SHAPES[shape]
     rows = []
@@ -215,15 +225,130 @@ def feature_cases(shape: str, rounds: int) -> list[Row]:
         order = TokenOrder(torch.randperm(tokens, device="cuda").int()[None], torch.zeros(heads).int().cuda())
         valid = (torch.arange(tokens, device="cuda") < tokens - 200)[None]
         work = 4.0 * 128 * block_k * dim * int(levels.sum())
-        calls: dict[str, tuple[Callable[[], Any], float]] = {}
-        for backend, run in (("hopper", block_sparse_hopper), ("triton", block_sparse_triton)):
-            call = partial(run, q, k, v, lists, scale=dim**-0.5)
-            calls[backend] = (call, work)
-            calls[f"{backend} + remainder"] = (partial(call, pooled=pooled), work)
-            calls[f"{backend} + order"] = (partial(call, order=order), work)
-            calls[f"{backend} + padding"] = (partial(call, key_valid=valid), work)
+        call = partial(block_sparse_hopper, q, k, v, lists, scale=dim**-0.5)
+        calls: dict[str, tuple[Callable[[], Any], float]] = {
+            "hopper": (call, work),
+            "hopper + remainder": (partial(call, pooled=pooled), work),
+            "hopper + order": (partial(call, order=order), work),
+            "hopper + remainder + order": (partial(call, pooled=pooled, order=order), work),
+            "hopper + padding": (partial(call, key_valid=valid), work),
+        }
         rows += in_turns(shape, f"0.2 by {block_k}", calls, rounds)
     return rows
+
+
+def graphed(call: Callable[[], Any], times: int = 8) -> Callable[[], Any]:
+    """The call, some times in a CUDA graph: what short calls take on the GPU alone."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph.replay
+
+
+def trust(dim: int) -> None:
+    """Mark backends as tested: the gate has compared them with the reference, and a self-test compiles ten kernels."""
+    from dit_accel_kernels import backends
+
+    for name in ("hopper", "triton"):
+        for block_q, block_k in ((128, 128), (128, 64), (64, 64)):
+            where = backends._where(torch.device("cuda"))
+            backends._self_tests[name, where, torch.bfloat16, dim, block_q, block_k] = None
+
+
+def short_cases(rounds: int) -> list[Row]:
+    """FLUX at 1024 x 1024: eight calls in a CUDA graph, and single calls from Python with what the host takes."""
+    from dit_accel_kernels import block_sparse_attention
+    from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
+
+    heads, tokens, dim = FLUX_SHORT
+    trust(dim)
+    shape, rows = f"H{heads} S{tokens} d{dim}", []
+    for density in (1.0, 0.5, 0.25, 0.1):
+        q, k, v, levels = make(heads, tokens, dim, density)
+        lists, work = to_lists(levels), 4.0 * 128 * 128 * dim * int(levels.sum())
+        full = 4.0 * heads * tokens * tokens * dim
+        call = partial(block_sparse_hopper, q, k, v, lists, scale=dim**-0.5, return_lse=False)
+        calls: dict[str, tuple[Callable[[], Any], float]] = {
+            CUDNN: (graphed(partial(dense, q, k, v)), 8 * full),
+            "hopper": (graphed(call), 8 * work),
+        }
+        rows += in_turns(shape, f"{density} graph", calls, rounds)
+        calls = {
+            CUDNN: (partial(dense, q, k, v), full),
+            "hopper": (call, work),
+            "hopper, checked": (partial(block_sparse_attention, q, k, v, lists, backend="hopper"), work),
+        }
+        rows += in_turns(shape, f"{density} eager", calls, rounds)
+    return rows
+
+
+def window_cases(rounds: int) -> list[Row]:
+    """Windows of 18 x 24 x 24 on HunyuanVideo's grid from natural order and back, permuting k and v included.
+
+    A stride of 16 x 8 x 8 splits no brick of 2 x 8 x 8; without a stride bricks are split, and Triton's kernel computes.
+    Rates count pairs in the window.
+    """
+    from dit_accel.geometry import TokenGeometry
+    from dit_accel.order.brick import brick
+    from dit_accel.windows import WindowSpec, token_windows, window_levels
+    from dit_accel_kernels import block_sparse_attention, permute_tokens
+
+    heads, dim, grid, window = 24, 128, (30, 48, 80), (18, 24, 24)
+    trust(dim)
+    geometry = TokenGeometry(grid)
+    tokens = geometry.tokens
+    q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
+    pairs = 4.0 * heads * dim * tokens * 18 * 24 * 24
+    calls: dict[str, tuple[Callable[[], Any], float]] = {
+        CUDNN: (partial(dense, q, k, v), 4.0 * heads * dim * tokens * tokens)
+    }
+    plans: tuple[tuple[str, Any, tuple[int, ...], int, int], ...] = (
+        ("GNA stride 16x8x8", (16, 8, 8), (2, 8, 8), 128, 128),
+        ("NA, bricks 8x4x4", 1, (8, 4, 4), 128, 128),
+        ("NA, bricks 4x4x4", 1, (4, 4, 4), 64, 64),
+    )
+    for name, stride, size, block_q, block_k in plans:
+        spec, index = WindowSpec(window, stride), brick(grid, size)
+        levels = window_levels(geometry, spec, index, block_q, block_k).cuda()
+        lists, windows = lists_from_levels(levels, block_q, block_k), token_windows(geometry, spec, index)
+        whole = not bool((levels == 255).any())
+        lists = replace(lists, partial=None) if whole else lists
+        order = TokenOrder(index.int().cuda()[None], torch.zeros(heads, dtype=torch.int32, device="cuda"))
+        more = {} if whole else {"windows": type(windows)(*(x.cuda() for x in vars(windows).values()))}
+
+        def call(lists: BlockLists = lists, order: TokenOrder = order, more: dict[str, Any] = more) -> Any:
+            moved_k, moved_v = permute_tokens(k, order), permute_tokens(v, order)
+            return block_sparse_attention(q, moved_k, moved_v, lists, order=order, **more)
+
+        calls[name] = (call, pairs)
+        check_windows(q, k, v, call(), spec, geometry)
+    return in_turns("30x48x80 H24 d128", "window 0.09", calls, rounds)
+
+
+def check_windows(q: Tensor, k: Tensor, v: Tensor, out: Tensor, spec: Any, geometry: Any) -> None:
+    """Compare some rows with the window spelled out.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    from dit_accel.windows import token_windows
+
+    windows = token_windows(geometry, spec)
+    rows = torch.randint(0, geometry.tokens, (40,))
+    lo, hi, code = windows.q_lo[:, rows, None], windows.q_hi[:, rows, None], windows.k_code[:, None]
+    seen = ((lo <= code) & (code < hi)).all(0).cuda()
+    picked = rows.cuda()
+    logits = (q[0][:, picked].float() @ k[0].float().mT * q.shape[3] ** -0.5).masked_fill(~seen, -torch.inf)
+    want = logits.softmax(-1) @ v[0].float()
+    error = ((out[0][:, picked].float() - want).norm() / want.norm()).item()
+    if not error < 8e-3:
+        raise RuntimeError(f"windows {spec}: relative error {error:.3g}")
 
 
 def cycles() -> None:
@@ -250,6 +375,14 @@ def report(rows: list[Row]) -> None:
         )
 
 
+def save(rows: list[Row]) -> None:
+    """Write what there is to ``$OUT``."""
+    out = os.environ.get("OUT")
+    if out:
+        text = json.dumps({"gpu": torch.cuda.get_device_name(), "rows": [asdict(row) for row in rows]}, indent=1)
+        Path(out, "hopper.json").write_text(text, encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Gate, measure, print a table and write JSON to ``$OUT``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -257,6 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cycles", action="store_true", help="only launch, for a profiler")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--parts", nargs="*", default=["main", "features", "short", "windows"], help="what to measure")
+    parser.add_argument("--no-gate", action="store_true", help="variants were checked before")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         sys.stdout.write("needs a GPU of compute capability 9.0\n")
@@ -267,20 +402,31 @@ def main(argv: list[str] | None = None) -> int:
         cycles()
         return 0
     began = time.monotonic()
-    failed = gate()
+    failed = {} if args.no_gate else gate()
     sys.stdout.write(f"gate took {time.monotonic() - began:.0f} s\n")
     for key, said in failed.items():
         sys.stdout.write(f"FAILED {key}:\n{said}\n")
     rows: list[Row] = []
+    parts: list[Callable[[], list[Row]]] = []
+    if "windows" in args.parts:
+        parts.append(partial(window_cases, max(2, args.rounds - 1)))
+    if "short" in args.parts:
+        parts.append(partial(short_cases, args.rounds))
     for shape in args.shapes:
-        rows += main_cases(shape, failed, args.rounds)
-        if shape == "H12 S32768 d128" and (128, "default") not in failed:
-            rows += feature_cases(shape, args.rounds)
+        rounds = args.rounds if SHAPES[shape][1] < 50000 else max(2, args.rounds - 1)
+        if "main" in args.parts:
+            parts.append(partial(main_cases, shape, failed, rounds))
+        if "features" in args.parts and shape in ("H12 S32768 d128", "H40 S75648 d128"):
+            parts.append(partial(feature_cases, shape, rounds))
+    for part in parts:
+        try:
+            rows += part()
+        except Exception:  # the other parts are still worth having
+            traceback.print_exc(file=sys.stdout)
+            failed[0, part.func.__name__ if isinstance(part, partial) else "part"] = "raised"
+        torch.cuda.empty_cache()
+        save(rows)
     report(rows)
-    out = os.environ.get("OUT")
-    if out:
-        text = json.dumps({"gpu": torch.cuda.get_device_name(), "rows": [asdict(row) for row in rows]}, indent=1)
-        Path(out, "hopper.json").write_text(text, encoding="utf-8")
     sys.stdout.write(f"{time.monotonic() - began:.0f} s in all\n")
     return 1 if failed else 0
 

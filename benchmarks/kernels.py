@@ -1,4 +1,6 @@
-"""Our kernels beside cuDNN, flash and FlexAttention: ``python benchmarks/kernels.py``.
+"""Our kernels beside cuDNN, flash, FlexAttention, flash-attn-4 and comfy-kitchen: ``python benchmarks/kernels.py``.
+
+A peer that cannot be imported is a line with the reason. comfy-kitchen chooses its blocks itself, as many as asked for.
 
 First a correctness gate: nothing is timed until every kernel agrees with its reference and, with everything kept, with
 dense attention. ``--toy`` runs the same code at tiny sizes on a CPU, where the times mean nothing.
@@ -9,6 +11,8 @@ TFLOP/s is ``4 H S^2 d density / time``, so at an equal rate the speed-up over d
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 import time
 import traceback
@@ -152,6 +156,30 @@ def flex(p: Problem, density: float) -> Callable[[], Tensor] | str:
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
+def flash4(p: Problem, density: float) -> Callable[[], Any] | str:
+    """Block-sparse flash-attn-4 on whole blocks of 128; or why it cannot be had."""
+    from dit_accel_kernels.block_sparse.flash4 import block_sparse_flash4
+
+    dim, tokens = p.q.shape[3], p.q.shape[2]
+    where = {"device": p.q.device, "dtype": p.q.dtype, "head_dim": dim, "block_q": 128, "block_k": 128}
+    reason = dk.why_not("flash4", **where)
+    if reason is not None or tokens % 128:
+        return reason or f"needs a multiple of 128 tokens, got {tokens}"
+    lists = dk.lists_from_levels(p.levels(density, 128, 128), 128, 128)
+    return lambda: block_sparse_flash4(p.q, p.k, p.v, lists, scale=dim**-0.5)
+
+
+def comfy_kitchen(p: Problem, density: float) -> Callable[[], Any] | str:
+    """comfy-kitchen's INT8 attention over the best blocks, its choice included; or why it cannot be had."""
+    if importlib.util.find_spec("comfy_kitchen") is None:
+        return "comfy-kitchen is not installed"
+    if not p.q.is_cuda or p.q.shape[3] != 128:
+        return f"needs CUDA and a head size of 128, got {p.q.device} and {p.q.shape[3]}"
+    module = importlib.import_module("comfy_kitchen")
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (p.q, p.k, p.v))
+    return lambda: module.sol_attn(q, k, v, topk_ratio=density)
+
+
 def _compiled(function: Callable[..., Any], cache: dict[Any, Any] = {}) -> Any:  # noqa: B006 - the cache is the point
     if function not in cache:
         cache[function] = torch.compile(function, dynamic=False)
@@ -175,6 +203,9 @@ def contestants(p: Problem, cuda: bool, with_flex: bool) -> Iterator[tuple[str, 
         if density in (0.5, 0.25, 0.1):
             reason = "needs CUDA" if not cuda else "only at two shapes, to save compile time (--flex)"
             yield "sparse", "flex", density, flex(p, density) if cuda and with_flex else reason
+        if density < 1:
+            yield "sparse", "flash4", density, flash4(p, density)
+            yield "sparse", "comfy", density, comfy_kitchen(p, density)
     lse = dk.attention_lse(p.q, p.k)
     blocks = {"block_q": p.block_q, "block_k": p.block_k}
     rows = torch.linspace(0, -(-p.q.shape[2] // p.block_q) - 1, 16, device=p.q.device).int()
@@ -184,6 +215,8 @@ def contestants(p: Problem, cuda: bool, with_flex: bool) -> Iterator[tuple[str, 
     yield "block_mass", "ours", 1.0, lambda: dk.block_mass(p.q, p.k, lse, **blocks)
     yield "block_mass+order", "ours", 1.0, lambda: dk.block_mass(p.q, moved.k, lse, **blocks, order=p.order)
     yield "block_mass 16 rows", "ours", 1.0, lambda: dk.block_mass(p.q, p.k, lse, **blocks, rows=rows)
+    sample = p.block_q // 8
+    yield f"block_mass {sample} each", "ours", 1.0, lambda: dk.block_mass(p.q, p.k, lse, **blocks, sample=sample)
     yield "block_stats", "ours", 1.0, lambda: dk.block_stats(p.k, block=p.block_k)
     yield "permute_tokens", "ours", 1.0, lambda: dk.permute_tokens(p.k, p.order)
     yield "permute_and_pool", "ours", 1.0, lambda: dk.permute_and_pool(p.k, p.v, p.order, block=p.block_k)

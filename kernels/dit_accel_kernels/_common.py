@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "resolve_backend", "split_head_dim", "triton_reason"]
+__all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "eager", "resolve_backend", "split_head_dim", "triton_reason"]
 
 MAX_HEAD_DIM = 256
 # Constants, not cached functions: torch.compile traces through what uses them.
@@ -45,6 +47,16 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     while second < head_dim - first:
         second *= 2
     return (first, second) if second < first else (2 * first, 0)
+
+
+def eager(op: Any, x: Tensor) -> Any:
+    """The function behind a custom operator where nobody records the call, else the operator.
+
+    The operator's own Python costs more than that of most of what stands in it. Under compile, dispatch modes and tensor
+    subclasses it has to be seen.
+    """
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return op if recorded or type(x) is not Tensor or x.is_meta or x.requires_grad else getattr(op, "_init_fn", op)
 
 
 def triton_reason(x: Tensor) -> str | None:

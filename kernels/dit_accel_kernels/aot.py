@@ -26,7 +26,14 @@ from .aot_spec import AotSpec
 __all__ = ["SHARED_LIMITS", "AotResult", "check", "collect", "main"]
 
 # Bytes that one block may ask for (CUDA programming guide, table of compute capabilities; AMD CDNA3 ISA).
-SHARED_LIMITS = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_LIMITS = {
+    "sm_80": 166912,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
 
 
 @dataclass(frozen=True)

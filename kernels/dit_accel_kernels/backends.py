@@ -122,11 +122,52 @@ def _run_hopper(*args: Any, gathered: GatheredKeys | None = None, **kwargs: Any)
     return run_hopper(*args, **kwargs)
 
 
-# In order of preference.
+def _why_not_flex(**kwargs: Any) -> str | None:
+    from .block_sparse.flex import why_not_flex
+
+    return why_not_flex(**kwargs)
+
+
+def _run_flex(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from .block_sparse.flex import block_sparse_flex
+
+    return block_sparse_flex(*args, **kwargs)
+
+
+def _why_not_flash4(**kwargs: Any) -> str | None:
+    from .block_sparse.flash4 import why_not_flash4
+
+    return why_not_flash4(**kwargs)
+
+
+def _run_flash4(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from .block_sparse.flash4 import block_sparse_flash4
+
+    return block_sparse_flash4(*args, **kwargs)
+
+
+def _why_not_natten(**kwargs: Any) -> str | None:
+    from .block_sparse.natten import why_not_natten
+
+    return why_not_natten(**kwargs)
+
+
+def _why_not_xformers(**kwargs: Any) -> str | None:
+    from .block_sparse.xformers import why_not_xformers
+
+    return why_not_xformers(**kwargs)
+
+
+# In order of preference; those without devices are there to be asked for by name.
 BACKENDS: dict[str, Backend] = {
     "hopper": Backend("hopper", _why_not_hopper, _run_hopper, ("cuda",)),
     "triton": Backend("triton", _why_not_triton, _run_triton, ("cuda",)),
     "cpu": Backend("cpu", _why_not_cpu, _run_cpu, ("cpu",)),
+    "flex": Backend("flex", _why_not_flex, _run_flex, ()),
+    "flash4": Backend("flash4", _why_not_flash4, _run_flash4, ()),
+    # These two have reasons only: what they serve instead is in their modules.
+    "natten": Backend("natten", _why_not_natten, _run_reference, ()),
+    "xformers": Backend("xformers", _why_not_xformers, _run_reference, ()),
     "reference": Backend("reference", _why_not_reference, _run_reference, ("cuda", "cpu")),
 }
 _self_tests: dict[tuple[Any, ...], str | None] = {}
@@ -229,7 +270,7 @@ def choose_backend(
     for name, backend in BACKENDS.items():
         reason = why_not(name, device=device, dtype=dtype, head_dim=head_dim, block_q=block_q, block_k=block_k)
         if reason is None and device.type not in backend.devices and name != "reference":
-            reason = f"chosen automatically only on {', '.join(backend.devices)}, got {device}"
+            reason = f"chosen automatically only on {', '.join(backend.devices) or 'request'}, got {device}"
         if reason is None:
             reason = self_test(name, device, dtype, head_dim, block_q, block_k)
         if reason is None:

@@ -40,7 +40,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, lists: Any, *, scale: float, **_: Any
 
 
 def test_order_of_preference() -> None:
-    assert list(BACKENDS) == ["hopper", "triton", "cpu", "reference"]
+    ours = ["hopper", "triton", "cpu"]
+    assert list(BACKENDS) == [*ours, "flex", "flash4", "natten", "xformers", "reference"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._common import blocks, check_bhsd, resolve_backend
 from ..types import TokenOrder
 from .cpu import attention_lse_cpu, block_mass_cpu
+from .hopper_launch import block_mass_hopper, why_not_hopper
 from .reference import attention_lse_reference, block_mass_reference
 
 __all__ = ["attention_lse", "block_mass"]
@@ -24,9 +25,10 @@ def block_mass(
     rows: Tensor | None = None,
     order: TokenOrder | None = None,
     key_valid: Tensor | None = None,
+    sample: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax mass of every key block, averaged over the queries of a query block.
+    """Softmax mass of every key block, averaged over the queries of a query block, or over some of them.
 
     ``mass[b, h, r, j] = mean_i sum_{n in block j} exp(scale * q_i . k_n - lse_i)`` over the queries ``i`` of query block
     ``rows[r]``. With the exact ``lse`` each row sums to 1; with one from an earlier step it says how the mass moved.
@@ -42,13 +44,15 @@ def block_mass(
         rows: int32 ``[R]``, query blocks to look at, ``None`` for all.
         order: where the queries of a block are; ``None`` means natural order.
         key_valid: bool ``[B, Sk]`` in block order; invalid keys count nothing, whatever they hold.
-        backend: ``"triton"``, ``"cpu"``, ``"reference"`` or ``None`` for the fastest.
+        sample: look at this many queries of each block only, evenly spaced from its first; a divisor of ``block_q``. The
+            time falls nearly as much. ``None`` for all.
+        backend: ``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"`` or ``None`` for the fastest.
 
     Returns:
         float32 ``[B, H, R, ceil(Sk / block_k)]``.
 
     Raises:
-        ValueError: shapes do not fit, or ``backend`` cannot run here.
+        ValueError: shapes do not fit, ``sample`` does not divide ``block_q``, or ``backend`` cannot run here.
     """
     check_bhsd("q", q)
     check_bhsd("k", k)
@@ -58,12 +62,27 @@ def block_mass(
         raise ValueError(f"lse must be {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
     if block_q < 1 or block_k < 1:
         raise ValueError(f"blocks must hold at least one token, got {block_q=} and {block_k=}")
-    chosen = resolve_backend(backend, q)
+    each = block_q if sample is None else sample
+    if each < 1 or block_q % each:
+        raise ValueError(f"sample must divide block_q={block_q}, got {sample}")
+    chosen = _resolve(backend, q, k, each, block_k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     table, head = (None, None) if order is None else (order.table, order.head)
+    args = (q, k, lse, each, block_k, scale, rows, table, head, key_valid)
     if chosen == "reference":
-        return block_mass_reference(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid)
-    return _block_mass_op(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid, chosen == "triton")
+        return block_mass_reference(*args, step=block_q // each)
+    return _block_mass_op(*args, chosen == "triton", block_q // each, chosen == "hopper")
+
+
+def _resolve(backend: str | None, q: Tensor, k: Tensor, each: int, block_k: int) -> str:
+    """The implementation of :func:`block_mass` to use."""
+    if backend in (None, "hopper"):
+        reason = why_not_hopper(q, k, each, block_k)
+        if reason is None:
+            return "hopper"
+        if backend is not None:
+            raise ValueError(f"backend='hopper' cannot run: {reason}")
+    return resolve_backend(backend, q)
 
 
 def attention_lse(
@@ -113,12 +132,17 @@ def _block_mass_op(
     head: Tensor | None,
     key_valid: Tensor | None,
     use_triton: bool,
+    step: int = 1,
+    use_hopper: bool = False,
 ) -> Tensor:
+    args = (q, k, lse, block_q, block_k, scale, rows, table, head, key_valid, step)
+    if use_hopper:
+        return block_mass_hopper(*args)
     if not use_triton:
-        return block_mass_cpu(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid)
+        return block_mass_cpu(*args)
     from .launch import block_mass_triton
 
-    return block_mass_triton(q, k, lse, block_q, block_k, scale, rows, table, head, key_valid)
+    return block_mass_triton(*args)
 
 
 @_block_mass_op.register_fake
@@ -134,8 +158,10 @@ def _(
     head: Tensor | None,
     key_valid: Tensor | None,
     use_triton: bool,
+    step: int = 1,
+    use_hopper: bool = False,
 ) -> Tensor:
-    count = blocks(q.shape[2], block_q) if rows is None else rows.shape[0]
+    count = blocks(q.shape[2], block_q * step) if rows is None else rows.shape[0]
     shape = (q.shape[0], q.shape[1], count, blocks(k.shape[2], block_k))
     return q.new_empty(shape, dtype=torch.float32)
 

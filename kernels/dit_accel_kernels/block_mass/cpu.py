@@ -25,14 +25,15 @@ def block_mass_cpu(
     table: Tensor | None,
     head: Tensor | None,
     key_valid: Tensor | None,
+    step: int = 1,
 ) -> Tensor:
     """Softmax mass per block; see :func:`dit_accel_kernels.block_mass` for the arguments."""
     batch, heads, tokens, dim = q.shape
     keys, key_blocks = k.shape[2], blocks(k.shape[2], block_k)
     if rows is None:
-        rows = torch.arange(blocks(tokens, block_q), device=q.device)
+        rows = torch.arange(blocks(tokens, block_q * step), device=q.device)
     out = torch.zeros(batch, heads, rows.numel(), key_blocks, dtype=torch.float32, device=q.device)
-    token, inside = query_rows(rows, block_q, tokens, table, head)
+    token, inside = query_rows(rows, block_q, tokens, table, head, step)
     token = token.expand(heads, -1)
     row_step = max(1, _TILE_ROWS // block_q)
     key_step = max(1, _TILE_KEYS // block_k)

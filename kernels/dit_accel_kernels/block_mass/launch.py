@@ -54,6 +54,7 @@ def block_mass_triton(
     table: Tensor | None,
     head: Tensor | None,
     key_valid: Tensor | None,
+    step: int = 1,
 ) -> Tensor:
     """Softmax mass per block; see :func:`dit_accel_kernels.block_mass` for the arguments."""
     batch, heads, queries, dim = q.shape
@@ -64,7 +65,7 @@ def block_mass_triton(
     bn = min(bn, max(16, triton.next_power_of_2(block_k)))
     rows_each = min(bm, triton.next_power_of_2(block_q))
     parts = blocks(block_q, bm)
-    count = blocks(queries, block_q) if rows is None else rows.shape[0]
+    count = blocks(queries, block_q * step) if rows is None else rows.shape[0]
     key_blocks = blocks(keys, block_k)
     out = torch.empty(batch, heads, count * parts, key_blocks, dtype=torch.float32, device=q.device)
     k0, k1 = _keys(k, bn, widths, tma)
@@ -78,7 +79,7 @@ def block_mass_triton(
             q if key_valid is None else key_valid.contiguous().view(torch.uint8),
             out, queries, keys, count * parts, key_blocks, scale * _LOG2E,
             *q.stride()[:3], *k.stride()[:3], keys,
-            BLOCK_Q=block_q, BLOCK_K=block_k, DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn,
+            BLOCK_Q=block_q, STEP=step, BLOCK_K=block_k, DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn,
             ROWS_EACH=rows_each, PARTS=parts, HAS_ROWS=rows is not None,
             HAS_ORDER=table is not None and head is not None, HAS_VALID=key_valid is not None,
             TMA=tma, PRECISION=_precision(),
@@ -89,7 +90,7 @@ def block_mass_triton(
     # A query block larger than a tile comes back as sums over its parts.
     if rows is None:
         rows = torch.arange(count, device=q.device)
-    token, inside = query_rows(rows, block_q, queries, table, head)
+    token, inside = query_rows(rows, block_q, queries, table, head, step)
     row_lse = lse.gather(2, token.expand(heads, -1)[None].expand(batch, -1, -1))
     counted = (inside & (row_lse > float("-inf"))).view(batch, heads, count, block_q).sum(3)
     return out.view(batch, heads, count, parts, key_blocks).sum(3) / counted.clamp(min=1)[..., None]
@@ -136,7 +137,7 @@ def _specs(dim: int, dtype: str, features: bool, targets: tuple[str, ...]) -> li
         "TMA": tma,
     }
     shape["PRECISION"] = "ieee" if amd else "tf32x3"
-    mass = shape | {"BLOCK_Q": 64, "BLOCK_K": 64, "ROWS_EACH": min(bm, 64), "PARTS": max(1, 64 // bm)}
+    mass = shape | {"BLOCK_Q": 64, "STEP": 1, "BLOCK_K": 64, "ROWS_EACH": min(bm, 64), "PARTS": max(1, 64 // bm)}
     mass |= {"HAS_ROWS": features, "HAS_ORDER": features}
     ints = {"LSE": "*fp32", "ROWS": "*i32", "TABLE": "*i32", "HEAD": "*i32", "VALID": "*u8", "OUT": "*fp32"}
     counts = {name: "i32" for name in ("queries", "keys", "entries", "key_blocks")} | {"scale2": "fp32"}

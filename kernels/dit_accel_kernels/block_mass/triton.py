@@ -88,8 +88,8 @@ def block_mass_kernel(
     Q, K0, K1, LSE, ROWS, TABLE, HEAD, VALID, OUT,
     queries, keys, entries, key_blocks, scale2,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_valid,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, ROWS_EACH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS_EACH: tl.constexpr, PARTS: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_VALID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM // ROWS_EACH entries (query blocks, or PARTS-ths of one) against all keys of a head."""
@@ -101,7 +101,7 @@ def block_mass_kernel(
     row = slot // PARTS
     if HAS_ROWS:
         row = tl.load(ROWS + row, mask=slot < entries, other=0)
-    position = row * BLOCK_Q + within
+    position = (row * BLOCK_Q + within) * STEP
     valid = (slot < entries) & (within < BLOCK_Q) & (position < queries)
     token = position
     if HAS_ORDER:

@@ -63,12 +63,12 @@ def _queries(
     q, table, head_row, q_b, q_h, q_s, table_s, job, qb, heads, q_tile, i_w,
     D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The queries of a job in registers."""
+    """The queries of a job in registers. Strides come in units of 8 elements, so that 16 bytes are read at once."""
     if GATHER:
         i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
-        q += i_b.to(gl.int64) * q_b + i_h.to(gl.int64) * q_h
+        q += i_b.to(gl.int64) * (q_b * 8) + i_h.to(gl.int64) * (q_h * 8)
         table += gl.load(head_row + i_h) * table_s
-        gather_rows(q, table, q_s, table_s, i_q * 128 + i_w * 64, q_tile, D, DIM, ROWS)
+        gather_rows(q, table, q_s * 8, table_s, i_q * 128 + i_w * 64, q_tile, D, DIM, ROWS)
     return q_tile.load(LAYOUT)
 
 
@@ -113,7 +113,7 @@ def _consumer(
         elif done >= 0:
             finish(
                 acc, done_max, done_sum, q_buf, desc_o, out, lse, table, head_row, table_s, done, qb, heads,
-                out_b, out_h, out_s, i_w, D, DIM, GATHER, HAS_LSE, ROWS,
+                out_b * 8, out_h * 8, out_s * 8, i_w, D, DIM, GATHER, HAS_LSE, ROWS,
             )  # fmt: skip
         acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
         if not FAST:
@@ -160,7 +160,7 @@ def _consumer(
     mbarrier.wait(bars[1].index(stage), phase)
 
 
-@gluon.jit(do_not_specialize=[
+@gluon.jit(do_not_specialize_on_alignment=["lse", "table", "valid", "order", "counter", "again"], do_not_specialize=[
     "sk", "words", "qb", "kb", "heads", "jobs", "in_order", "programs", "table_s",
     "list_b", "list_h", "bits_b", "bits_h", "bias_b", "bias_h",
     "q_b", "q_h", "q_s", "out_b", "out_h", "out_s",

@@ -14,7 +14,15 @@ from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
 from .hopper_specs import HopperConfig, hopper_config, padded
 
-__all__ = ["block_sparse_hopper", "reroute_reason", "run_hopper", "why_not_hopper"]
+__all__ = [
+    "block_sparse_hopper",
+    "has_gluon",
+    "make_descriptor",
+    "multiprocessors",
+    "reroute_reason",
+    "run_hopper",
+    "why_not_hopper",
+]
 
 _QUERIES = 128  # rows of a job, both consumers together
 _TILE = 128  # keys of a step
@@ -38,7 +46,7 @@ def why_not_hopper(
     capability = _capability(device)
     if capability != (9, 0):
         return f"compute capability must be 9.0, got {capability[0]}.{capability[1]}"
-    if not _has_gluon():
+    if not has_gluon():
         return "triton must have Gluon with warp specialisation (3.6 or newer)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype must be bfloat16 or float16, got {dtype}"
@@ -145,21 +153,22 @@ def block_sparse_hopper(
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
     jobs = batch * heads * qb
-    programs = min(jobs, _multiprocessors(q.device), config.max_programs or jobs)
+    programs = min(jobs, multiprocessors(q.device), config.max_programs or jobs)
     gather = order is not None
     part = (_TILE, d) if block_k == _TILE else (64, 64)
-    in_order = max(0, jobs - config.sorted_rounds * programs)
-    # The counter of jobs, those that are done longest first, and the chain of those that are repeated.
-    counter, order_of_last, again = torch.empty(1 + jobs - in_order + jobs, dtype=torch.int32, device=q.device).split(
-        [1, jobs - in_order, jobs]
-    )
+    in_order = 0 if config.sorted_rounds else jobs
+    span = max(1, round(config.sorted_rounds * programs / qb)) * qb
+    # The counter of jobs, the order in which they are done, and the chain of those that are repeated; all aligned alike
+    # whatever their number, lest another kernel be compiled.
+    space = [4, -(-(jobs - in_order) // 4) * 4, jobs]
+    counter, order_of_last, again = torch.empty(sum(space), dtype=torch.int32, device=q.device).split(space)
     args: dict[str, Any] = {
-        "desc_q": None if gather else _descriptor(q, 64, d),
-        "desc_k": _descriptor(k, *part),
-        "desc_v": _descriptor(v, *part),
-        "desc_o": None if gather else _descriptor(out, 64, d),
-        "desc_pk": None if pooled is None else _descriptor(pooled.k, _TILE, d),
-        "desc_pv": None if pooled is None else _descriptor(pooled.v, _TILE, d),
+        "desc_q": None if gather else make_descriptor(q, 64, d),
+        "desc_k": make_descriptor(k, *part),
+        "desc_v": make_descriptor(v, *part),
+        "desc_o": None if gather else make_descriptor(out, 64, d),
+        "desc_pk": None if pooled is None else make_descriptor(pooled.k, _TILE, d),
+        "desc_pv": None if pooled is None else make_descriptor(pooled.v, _TILE, d),
         "q": q if gather else None,
         "out": out if gather else None,
         "lse": lse if return_lse else None,
@@ -181,17 +190,19 @@ def block_sparse_hopper(
         "programs": programs,
         "table_s": sq,
     }
-    args |= {f"q_{name}": step for name, step in zip("bhs", q.stride())}
-    args |= {f"out_{name}": step for name, step in zip("bhs", out.stride())}
+    # In units of 16 bytes; that of a dimension of size 1 need not be a multiple and is never stepped over.
+    args |= {f"q_{name}": step // 8 for name, step in zip("bhs", q.stride())}
+    args |= {f"out_{name}": step // 8 for name, step in zip("bhs", out.stride())}
     args |= list_args(lists) | pooled_args(pooled)
     with torch.cuda.device(q.device):
-        longest_first_kernel[(-(-(jobs - in_order) // BLOCK),)](
+        longest_first_kernel[(max(1, -(-(jobs - in_order) // BLOCK)),)](
             *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
             args["list_b"],
             args["list_h"],
             HAS_PARTIAL=lists.partial is not None,
             BLOCK=BLOCK,
             OTHERS=OTHERS,
+            span=span,
         )
         block_sparse_hopper_kernel[(programs,)](
             **args,
@@ -213,16 +224,22 @@ def block_sparse_hopper(
     return out, lse
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+def make_descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """A TMA descriptor of boxes of ``rows`` tokens; what is beyond the tensor reads as 0 and is never written."""
+    descriptor, layout = _tma()
+    # The stride of a dimension of size 1 is never used but must look valid.
+    shape, steps = x.shape, x.stride()
+    strides = [step if size > 1 else shape[3] for size, step in zip(shape[:3], steps)]
+    return descriptor(x, list(shape), [*strides, 1], [1, 1, rows, columns], layout)
+
+
+@lru_cache(maxsize=1)
+def _tma() -> tuple[Any, Any]:
+    """The class of descriptors and the shared-memory layout of all tiles; short calls would notice making it each time."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    # The stride of a dimension of size 1 is never used but must look valid.
-    strides = [step if size > 1 else x.shape[3] for size, step in zip(x.shape, x.stride())]
-    strides[3] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns], layout)
+    return TensorDescriptor, NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 @lru_cache(maxsize=16)
@@ -231,12 +248,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=1)
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
+    """Whether triton has Gluon with warp specialisation."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton

@@ -1,4 +1,9 @@
-"""In which order the last query blocks are done: longest list first, found on the GPU without a host read."""
+"""In which order query blocks are done: longest list first among some heads, found on the GPU without a host read.
+
+Equal rows keep their order. Rows of unequal length end together only if the last to start are short; and keys come from
+the L2 cache only while few heads are at work. So jobs are sorted within groups of neighbouring heads, counted from the
+end: all heads of a group are begun before the next group is, and the last group is a whole one.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +30,31 @@ def _length(full, partial, job, last, qb, heads, list_b, list_h, HAS_PARTIAL: tl
     return n
 
 
-@triton.jit(do_not_specialize=["first", "jobs", "qb", "heads", "list_b", "list_h"])
+@triton.jit(do_not_specialize=["first", "jobs", "qb", "heads", "list_b", "list_h", "span"])
 def longest_first_kernel(
     full, partial, order, counter, first, jobs, qb, heads, list_b, list_h,
-    HAS_PARTIAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, span=2147483647,
 ):  # fmt: skip
-    """Write the jobs from ``first`` on by descending length of their lists, ties in their order; zero the counter.
+    """Write the jobs from ``first`` on, by descending length of their lists within groups of ``span``; zero the counter.
 
-    The place of a job is the number of those before it, counted: there are some hundred.
+    Groups are counted from the last job backwards; ties keep their order. The place of a job is the number of those
+    before it, counted: a group has some hundred.
     """
     i_chunk = tl.program_id(0)
-    job = first + i_chunk * BLOCK + tl.arange(0, BLOCK)
+    low = first + i_chunk * BLOCK
+    job = low + tl.arange(0, BLOCK)
     n = _length(full, partial, job, jobs, qb, heads, list_b, list_h, HAS_PARTIAL)
-    place = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(first, jobs, OTHERS):
+    # Groups of the first and the last job of this program, and where the group of each job begins.
+    oldest, newest = (jobs - 1 - low) // span, (jobs - tl.minimum(low + BLOCK, jobs)) // span
+    group = (jobs - 1 - job) // span
+    place = tl.maximum(jobs - (group + 1) * span.to(tl.int64), first).to(tl.int32) - first
+    begin = tl.maximum(jobs - (oldest + 1) * span.to(tl.int64), first).to(tl.int32)
+    for start in range(begin, jobs - newest * span, OTHERS):
         other = start + tl.arange(0, OTHERS)
         m = _length(full, partial, other, jobs, qb, heads, list_b, list_h, HAS_PARTIAL)
         before = (m[None, :] > n[:, None]) | ((m[None, :] == n[:, None]) & (other[None, :] < job[:, None]))
-        place += tl.sum(before.to(tl.int32), 1)
+        near = (jobs - 1 - other)[None, :] // span == group[:, None]
+        place += tl.sum((before & near).to(tl.int32), 1)
     tl.store(order + place, job, mask=job < jobs)
     tl.store(counter, 0, mask=i_chunk == 0)
 
@@ -55,7 +67,7 @@ AOT_SPECS = [
             "full": "*i32",
             "partial": "*i32" if has_partial else "constexpr",
             **dict.fromkeys(("order", "counter"), "*i32"),
-            **dict.fromkeys(("first", "jobs", "qb", "heads", "list_b", "list_h"), "i32"),
+            **dict.fromkeys(("first", "jobs", "qb", "heads", "list_b", "list_h", "span"), "i32"),
             **dict.fromkeys(("HAS_PARTIAL", "BLOCK", "OTHERS"), "constexpr"),
         },
         constexprs={"HAS_PARTIAL": has_partial, "BLOCK": BLOCK, "OTHERS": OTHERS}

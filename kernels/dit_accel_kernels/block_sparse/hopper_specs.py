@@ -17,7 +17,8 @@ class HopperConfig:
     Attributes:
         stages: tiles of K, and as many of V, that fit into the ring.
         fast: take no maximum after the first tile of a row and repeat the query blocks for which that fails.
-        sorted_rounds: this many times the number of programs, the last query blocks come longest list first.
+        sorted_rounds: query blocks come longest list first within groups of heads that hold about this many times as many
+            of them as there are programs; 0 leaves them in order.
         max_programs: at most this many programs, for tests; each then does more query blocks.
         consumer_regs: registers of a thread of either consumer; the three groups of warps share 504 a lane.
         producer_regs: registers of a thread of the producer.
@@ -25,15 +26,16 @@ class HopperConfig:
 
     stages: int
     fast: bool = True
-    sorted_rounds: int = 16
+    sorted_rounds: int = 4
     max_programs: int | None = None
     consumer_regs: int = 240
     producer_regs: int = 24
 
 
 def hopper_config(head_dim: int) -> HopperConfig:
-    """The shape for a head size of up to 128: the deepest ring that fits into shared memory."""
-    return HopperConfig(stages=3 * (128 // padded(head_dim)))
+    """The shape for a head size of up to 128: the deepest ring that fits, and groups whose keys stay in the L2 cache."""
+    parts = 128 // padded(head_dim)
+    return HopperConfig(stages=3 * parts, sorted_rounds=4 * parts)
 
 
 def padded(head_dim: int) -> int:
@@ -50,7 +52,7 @@ def tile_layout() -> str:
 
 
 # What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper_aot).
-_SPILLS = {64: 8, 128: 280}
+_SPILLS = {64: 40, 128: 280}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
     "lse": "*fp32",

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .._common import split_head_dim
@@ -15,9 +16,10 @@ from .._launch import describe
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import gathered_args, list_args, pooled_args
 from .configs import TileConfig, gather_tile, tile_config
+from .near import window_bits
 from .triton import block_sparse_fwd_kernel
 
-__all__ = ["block_sparse_triton", "tma_reason"]
+__all__ = ["block_sparse_triton", "gpu_arch", "tma_reason"]
 
 # Offsets within a tile of up to 256 tokens are 32-bit.
 _MAX_TOKEN_STRIDE = 2**31 // 256 - 1
@@ -69,7 +71,8 @@ def block_sparse_triton(
     arch = _arch(q.device)
     reason = tma_reason(k, v, arch)
     if config is None:
-        config = tile_config(arch, dim, q.element_size(), lists.block_q, lists.block_k)
+        gpu = _gpu(q.device) if q.is_cuda else None
+        config = tile_config(arch, dim, q.element_size(), lists.block_q, lists.block_k, gpu=gpu)
     elif config.tma and reason is not None:
         raise ValueError(f"tensor descriptors cannot be used: {reason}")
     if lists.block_q % config.block_m or lists.block_k % config.block_n:
@@ -80,7 +83,11 @@ def block_sparse_triton(
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
     args: dict[str, Any] = {"q": q, "out": out, "lse": lse if return_lse else None, "scale": scale}
     args |= (
-        list_args(lists) | _order_args(order) | pooled_args(pooled) | _window_args(windows) | gathered_args(gathered)
+        list_args(lists)
+        | _order_args(order)
+        | pooled_args(pooled)
+        | _window_args(windows, config.block_n)
+        | gathered_args(gathered)
     )
     args["key_valid"] = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
     tiled: dict[str, Tensor | None] = {"k": k, "v": v, "pool_k": None, "pool_v": None}
@@ -115,6 +122,7 @@ def block_sparse_triton(
             HAS_GATHERED=gathered is not None,
             GROUP=1 if gathered is None else gathered.group,
             BLOCK_G=gather_tile(config),
+            NEAR_WINDOWS=args["k_base"] is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -154,14 +162,13 @@ def _order_args(order: TokenOrder | None) -> dict[str, Any]:
     return {"table": order.table.contiguous(), "head_row": order.head.contiguous()}
 
 
-def _window_args(windows: TokenWindows | None) -> dict[str, Any]:
+def _window_args(windows: TokenWindows | None, tile: int) -> dict[str, Any]:
+    """Bounds of the queries, and codes of the keys or, where they are near, bits and the bases of their tiles."""
     if windows is None:
-        return {"q_lo": None, "q_hi": None, "k_code": None}
-    return {
-        "q_lo": windows.q_lo.contiguous(),
-        "q_hi": windows.q_hi.contiguous(),
-        "k_code": windows.k_code.contiguous(),
-    }
+        return {"q_lo": None, "q_hi": None, "k_code": None, "k_base": None}
+    found = window_bits(windows.k_code, tile)
+    bits, base = (windows.k_code.contiguous(), None) if found is None else found
+    return {"q_lo": windows.q_lo.contiguous(), "q_hi": windows.q_hi.contiguous(), "k_code": bits, "k_base": base}
 
 
 def _precision(arch: str, dtype: torch.dtype) -> str:
@@ -173,11 +180,17 @@ def _precision(arch: str, dtype: torch.dtype) -> str:
 def _arch(device: torch.device) -> str:
     if device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
         return "interpreter"
-    return _gpu_arch(device)
+    return gpu_arch(device)
 
 
 @lru_cache(maxsize=64)
-def _gpu_arch(device: torch.device) -> str:
+def _gpu(device: torch.device) -> tuple[str, str]:
+    return torch.cuda.get_device_name(device), triton.__version__
+
+
+@lru_cache(maxsize=64)
+def gpu_arch(device: torch.device) -> str:
+    """The architecture of a GPU as in :func:`~.configs.tile_config`."""
     if torch.version.hip is not None:
         return "hip"
     major, minor = torch.cuda.get_device_capability(device)

@@ -50,6 +50,7 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
             ("ragged+pooled+order", 64, "bf16", {"EVEN_K": False, "HAS_POOLED": True, "HAS_ORDER": True}),
             ("ragged+pooled+order", 96, "bf16", {"EVEN_K": False, "HAS_POOLED": True, "HAS_ORDER": True}),
             ("windows", 128, "bf16", {"HAS_PARTIAL": True, "HAS_WINDOWS": True}),
+            ("near windows", 128, "bf16", {"HAS_PARTIAL": True, "HAS_WINDOWS": True, "NEAR_WINDOWS": True}),
             ("valid", 128, "bf16", {"HAS_VALID": True, "EVEN_K": False}),
             ("ragged", 128, "fp32", {"EVEN_K": False}),
             ("gathered", 64, "bf16", {"HAS_GATHERED": True}),
@@ -91,6 +92,7 @@ def _spec(
         "HAS_LSE": True,
         "GROUP": 8 if flags.get("HAS_GATHERED") else 1,
         "BLOCK_G": gather_tile(config),
+        "NEAR_WINDOWS": flags.get("NEAR_WINDOWS", False),
     }
     values.update({name: flags.get(name, False) for name in _OPTIONAL})
     types: dict[str, str] = {"q": f"*{dtype}", "out": f"*{dtype}", **_POINTERS}
@@ -104,6 +106,8 @@ def _spec(
     for flag, pointers in _OPTIONAL.items():
         if values[flag]:
             types.update(pointers)
+    if values["NEAR_WINDOWS"]:
+        types["k_base"] = "*i32"
     signature = {}
     for name in kernel.arg_names:
         if name in types:

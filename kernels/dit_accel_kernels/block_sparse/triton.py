@@ -92,6 +92,29 @@ def _inside(q_lo, q_hi, k_code, o_q, o_k, m_q, m_k, sq, sk):
     return inside | free[None, :]
 
 
+@triton.jit
+def _seen_codes(lo, hi, k_base, tiles, i_tile, AXIS: tl.constexpr):
+    """Bits of the ten codes of an axis, from the base of a tile on, that each query sees."""
+    base = tl.load(k_base + AXIS * tiles + i_tile)
+    lo = tl.minimum(tl.maximum(lo - base, 0), 10)
+    hi = tl.minimum(tl.maximum(hi - base, 0), 10)
+    return (((1 << hi) - 1) & -(1 << lo)) << (10 * AXIS)
+
+
+@triton.jit
+def _inside_near(lo0, hi0, lo1, hi1, lo2, hi2, k_bits, k_base, o_k, m_k, whole, tiles, i_tile):
+    """The same with two operations a logit instead of seven, where :func:`.near.window_bits` has bits for the keys.
+
+    A key that ``m_k`` excludes has a bit that no query has; in a ``whole`` block queries have all others.
+    """
+    q_bits = _seen_codes(lo0, hi0, k_base, tiles, i_tile, 0)
+    q_bits |= _seen_codes(lo1, hi1, k_base, tiles, i_tile, 1)
+    q_bits |= _seen_codes(lo2, hi2, k_base, tiles, i_tile, 2)
+    q_bits = tl.where(whole, 1073741823, q_bits)
+    b_bits = tl.load(k_bits + o_k, mask=m_k, other=1073741824)
+    return (q_bits[:, None] & b_bits[None, :]) == b_bits[None, :]
+
+
 # What changes with the number of tokens alone must not compile another kernel.
 @triton.jit(
     do_not_specialize=[
@@ -110,7 +133,7 @@ def block_sparse_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_PARTIAL: tl.constexpr, HAS_WINDOWS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_ORDER: tl.constexpr,
     HAS_POOLED: tl.constexpr, HAS_LSE: tl.constexpr, HAS_GATHERED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_G: tl.constexpr, k_base=None, NEAR_WINDOWS: tl.constexpr = False,
 ):  # fmt: skip
     SUB: tl.constexpr = BLOCK_K // BLOCK_N
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -209,6 +232,11 @@ def block_sparse_fwd_kernel(
                 v1 = _load_tile(pool_v_hi, pool_v_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, True)
             acc0, acc1, row_max, row_sum = _update(acc0, acc1, row_max, row_sum, logits, v0, v1, scale2, D1, PRECISION)
 
+    if NEAR_WINDOWS:
+        p_q, w_q = o_q, sq.to(tl.int64)
+        lo0, hi0 = tl.load(q_lo + p_q, mask=m_q, other=0), tl.load(q_hi + p_q, mask=m_q, other=0)
+        lo1, hi1 = tl.load(q_lo + w_q + p_q, mask=m_q, other=0), tl.load(q_hi + w_q + p_q, mask=m_q, other=0)
+        lo2, hi2 = tl.load(q_lo + 2 * w_q + p_q, mask=m_q, other=0), tl.load(q_hi + 2 * w_q + p_q, mask=m_q, other=0)
     if HAS_PARTIAL or not EVEN_K:
         for j in tl.range(n_plain * SUB, n_all * SUB, num_stages=2):
             start = tl.load(indices + j // SUB) * BLOCK_K + (j % SUB) * BLOCK_N
@@ -220,10 +248,17 @@ def block_sparse_fwd_kernel(
             if D1 > 0:
                 k1 = _load_tile(k_hi, k_s, i_b, i_h, start, m_k, D0, D1, D, BLOCK_N, TMA, True)
             logits = _logits(q0, q1, k0, k1, D1, PRECISION)
-            logits = tl.where(m_k[None, :], logits, float("-inf"))
-            if HAS_WINDOWS:
-                inside = _inside(q_lo, q_hi, k_code, o_q, start + o_n, m_q, m_k, sq, sk)
-                logits = tl.where(inside | (j < n_full * SUB), logits, float("-inf"))
+            if NEAR_WINDOWS:
+                inside = _inside_near(
+                    lo0, hi0, lo1, hi1, lo2, hi2, k_code, k_base, start + o_n, m_k, j < n_full * SUB,
+                    tl.cdiv(sk, BLOCK_N), start // BLOCK_N,
+                )  # fmt: skip
+                logits = tl.where(inside, logits, float("-inf"))
+            else:
+                logits = tl.where(m_k[None, :], logits, float("-inf"))
+                if HAS_WINDOWS:
+                    inside = _inside(q_lo, q_hi, k_code, o_q, start + o_n, m_q, m_k, sq, sk)
+                    logits = tl.where(inside | (j < n_full * SUB), logits, float("-inf"))
             v0 = _load_tile(v, v_s, i_b, i_h, start, m_k, 0, D0, D, BLOCK_N, TMA, True)
             v1 = v0
             if D1 > 0:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import blocks, check_bhsd, resolve_backend
+from .._common import blocks, check_bhsd, eager, resolve_backend
 from ..types import TokenOrder
 from .reference import permute_and_pool_reference, permute_reference, unpermute_reference
 
@@ -66,7 +66,8 @@ def permute_tokens(x: Tensor, order: TokenOrder, *, backend: str | None = None) 
     use_triton = _check(x, order, backend)
     if use_triton is None:
         return permute_reference(x, order.table, order.head)
-    return _permute_op(x, order.table, order.head, False, use_triton)
+    found: Tensor = eager(_permute_op, x)(x, order.table, order.head, False, use_triton)
+    return found
 
 
 def unpermute_tokens(x: Tensor, order: TokenOrder, *, backend: str | None = None) -> Tensor:
@@ -86,7 +87,8 @@ def unpermute_tokens(x: Tensor, order: TokenOrder, *, backend: str | None = None
     use_triton = _check(x, order, backend)
     if use_triton is None:
         return unpermute_reference(x, order.table, order.head)
-    return _permute_op(x, order.table, order.head, True, use_triton)
+    found: Tensor = eager(_permute_op, x)(x, order.table, order.head, True, use_triton)
+    return found
 
 
 def permute_and_pool(
@@ -124,7 +126,7 @@ def permute_and_pool(
         raise ValueError(f"key_valid must be {(k.shape[0], k.shape[2])}, got {tuple(key_valid.shape)}")
     if use_triton is None:
         return PermutedPool(*permute_and_pool_reference(k, v, order.table, order.head, block, key_valid))
-    return PermutedPool(*_pool_op(k, v, order.table, order.head, block, key_valid, use_triton))
+    return PermutedPool(*eager(_pool_op, k)(k, v, order.table, order.head, block, key_valid, use_triton))
 
 
 def _check(x: Tensor, order: TokenOrder, backend: str | None) -> bool | None:

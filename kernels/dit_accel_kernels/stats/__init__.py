@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._common import blocks, check_bhsd, resolve_backend
+from .._common import blocks, check_bhsd, eager, resolve_backend
 from .reference import block_stats_reference
 
 __all__ = ["BlockStats", "block_stats"]
@@ -50,7 +50,7 @@ def block_stats(x: Tensor, *, block: int, key_valid: Tensor | None = None, backe
     chosen = resolve_backend(backend, x)
     if chosen == "reference":
         return BlockStats(*block_stats_reference(x, block, key_valid))
-    return BlockStats(*_block_stats_op(x, block, key_valid, chosen == "triton"))
+    return BlockStats(*eager(_block_stats_op, x)(x, block, key_valid, chosen == "triton"))
 
 
 @torch.library.custom_op("dit_accel_kernels::block_stats", mutates_args=())

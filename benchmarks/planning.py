@@ -1,0 +1,224 @@
+"""What planning costs beside one dense attention, and how much memory a call takes: ``python benchmarks/planning.py``.
+
+Each part takes turns with dense cuDNN attention of the same shape; the median of the rounds counts. The parts are those of
+a plan by exact mass (the preset ``union``): block mass, choice among six axis orders by recalled mass, selection and lists,
+once on all queries and once on 16 of each block; then the planner itself, for the presets ``union`` and ``auto``. Memory is
+what a call allocates at its peak over what is there before and the output, as a share of q, k, v and the output together.
+What was measured is printed and written as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+
+from hopper import CUDNN, dense, in_turns, trust  # noqa: E402
+
+from dit_accel.choice._registry import fixed_order, sampled_rows  # noqa: E402
+from dit_accel.geometry import TokenGeometry  # noqa: E402
+from dit_accel.order import token_order  # noqa: E402
+from dit_accel.planner import Planner  # noqa: E402
+from dit_accel.presets import get_method  # noqa: E402
+from dit_accel_kernels import (  # noqa: E402
+    block_mass,
+    block_sparse_attention,
+    dense_attention,
+    lists_from_levels,
+    permute_and_pool,
+    permute_tokens,
+)
+from dit_accel_kernels.lists import pack_bits  # noqa: E402
+from dit_accel_kernels.types import Pooled, TokenOrder  # noqa: E402
+
+SHAPES = {"H12 S32768 d128": (12, (32, 32, 32)), "H40 S75600 d128": (40, (21, 45, 80))}  # the latter is Wan 14B at 720p
+TOY = {"H4 S1024 d128": (4, (16, 8, 8))}
+BLOCK_Q, DENSITY, SAMPLE = 128, 0.2, 16
+
+
+class Problem:
+    """Random tensors of one shape and the orders that ``auto`` chooses from."""
+
+    def __init__(self, heads: int, grid: tuple[int, int, int], dim: int, device: torch.device, block_k: int) -> None:
+        self.geometry, self.block_k, self.heads = TokenGeometry(grid), block_k, heads
+        shape = (1, self.geometry.tokens, heads, dim)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.q, self.k, self.v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+        self.lse = dense_attention(self.q, self.k, self.v)[1]
+        names = ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
+        first = token_order(names, torch.zeros(1, dtype=torch.int32), self.geometry)
+        assert first is not None
+        self.table = first.table.to(device)
+        self.order = TokenOrder(self.table, torch.arange(heads, device=device, dtype=torch.int32) % len(names))
+        self.rows = sampled_rows(-(-self.geometry.tokens // BLOCK_Q), device)
+
+    def mass(self, *, order: TokenOrder | None = None, k: Tensor | None = None, **more: Any) -> Tensor:
+        """Block mass of all or some rows."""
+        keys = self.k if k is None else k
+        return block_mass(self.q, keys, self.lse, block_q=BLOCK_Q, block_k=self.block_k, order=order, **more)
+
+    def recall(self, sample: int | None) -> Tensor:
+        """What the choice of orders looks at: block mass of some rows under each candidate."""
+        found = []
+        for i in range(self.table.shape[0]):
+            order = fixed_order(self.table[i : i + 1], self.heads)
+            mass = self.mass(order=order, k=permute_tokens(self.k, order), rows=self.rows, sample=sample)
+            kept = mass.topk(max(round(DENSITY * mass.shape[-1]), 1), dim=-1).values
+            found.append(kept.sum(-1).mean((0, 2)))
+        return torch.stack(found).argmax(0)
+
+    def select(self, mass: Tensor) -> Any:
+        """The best blocks of each row as lists."""
+        best = mass.topk(max(round(DENSITY * mass.shape[-1]), 1), dim=-1).indices
+        levels = torch.zeros(mass.shape, dtype=torch.uint8, device=mass.device).scatter_(3, best, 1)
+        return lists_from_levels(levels, BLOCK_Q, self.block_k, capacity=best.numel()), levels
+
+    def planned(self, sample: int | None) -> Any:
+        """All of it."""
+        order = TokenOrder(self.table, self.recall(sample).int())
+        return self.select(self.mass(order=order, k=permute_tokens(self.k, order), sample=sample))
+
+    def planner(self, preset: str) -> Callable[[], Any]:
+        """The planner of a preset, as a run calls it."""
+        method = replace(get_method(preset), block_q=BLOCK_Q, block_k=self.block_k)
+        planner = Planner(method)
+
+        def call() -> Any:
+            options: dict[str, Any] = {"density": DENSITY, "scale": None}
+            return planner.plan(planner.context(self.q, self.k, self.v, self.lse, self.geometry, **options))
+
+        return call
+
+
+def parts(p: Problem) -> dict[str, Callable[[], Any]]:
+    """Everything that is timed, by name."""
+    mass = p.mass()
+    moved = permute_tokens(p.k, p.order)
+    calls: dict[str, Callable[[], Any]] = {
+        "dense with log-sum-exp": lambda: dense_attention(p.q, p.k, p.v),
+        "block mass": p.mass,
+        "block mass, order": lambda: p.mass(order=p.order, k=moved),
+        f"block mass, {SAMPLE} of {BLOCK_Q}": lambda: p.mass(sample=SAMPLE),
+        "choice of orders": lambda: p.recall(None),
+        f"choice of orders, {SAMPLE} of {BLOCK_Q}": lambda: p.recall(SAMPLE),
+        "permute k": lambda: permute_tokens(p.k, p.order),
+        "permute and pool k, v": lambda: permute_and_pool(p.k, p.v, p.order, block=p.block_k),
+        "select and list": lambda: p.select(mass),
+        "plan, all queries": lambda: p.planned(None),
+        f"plan, {SAMPLE} of {BLOCK_Q}": lambda: p.planned(SAMPLE),
+        "planner of union": p.planner("union"),
+        "planner of auto": p.planner("auto"),
+    }
+    if p.q.is_cuda:
+        calls["block mass, triton"] = lambda: p.mass(backend="triton")
+        from dit_accel_kernels.dense import _with_lse
+
+        calls["dense with log-sum-exp, cudnn"] = lambda: _with_lse("cudnn", p.q, p.k, p.v, p.q.shape[3] ** -0.5, None)
+    return calls
+
+
+def memory(p: Problem) -> dict[str, float]:
+    """Peak memory of some calls beyond inputs and output, as a share of q, k, v and the output."""
+    lists, levels = p.select(p.mass())
+    pool = permute_and_pool(p.k, p.v, p.order, block=p.block_k)
+    bias = (
+        pool.count.float().log()[:, None].contiguous() if pool.count.ndim == 2 else pool.count.float().log()[None, None]
+    )
+    pooled = Pooled(pool.mean_k, pool.mean_v, bias, pack_bits(levels))
+    calls: dict[str, Callable[[], Any]] = {
+        "sparse": lambda: block_sparse_attention(p.q, p.k, p.v, lists),
+        "sparse + remainder": lambda: block_sparse_attention(p.q, p.k, p.v, lists, pooled=pooled),
+        "sparse + remainder + order of queries": lambda: block_sparse_attention(
+            p.q, pool.k, pool.v, lists, pooled=pooled, order=p.order
+        ),
+        "permute and pool k, v": lambda: permute_and_pool(p.k, p.v, p.order, block=p.block_k),
+        "dense with log-sum-exp": lambda: dense_attention(p.q, p.k, p.v),
+        "block mass": p.mass,
+    }
+    whole, found = 4 * p.q.numel() * p.q.element_size(), {}
+    for name, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = call()
+        torch.cuda.synchronize()
+        out = 0 if name == "permute and pool k, v" or name == "block mass" else p.q.numel() * p.q.element_size()
+        found[name] = (torch.cuda.max_memory_allocated() - before - out) / whole
+        del kept
+    return found
+
+
+def toy(device: torch.device, block_k: int) -> int:
+    """Run every part once at a tiny size; on a GPU all kernels are then compiled."""
+    if device.type == "cuda":
+        trust(128)
+    for heads, grid in TOY.values():
+        p = Problem(heads, grid, 128, device, block_k)
+        for name, call in parts(p).items():
+            call()
+            sys.stdout.write(f"{name}: ran\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table and write JSON to ``$OUT``."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--toy", action="store_true", help="a tiny shape, nothing is timed")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--block-k", type=int, default=128)
+    args = parser.parse_args(argv)
+    if args.toy or not torch.cuda.is_available():
+        return toy(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.block_k)
+    trust(128)
+    rows: list[dict[str, Any]] = []
+    peaks: dict[str, dict[str, float]] = {}
+    for shape in args.shapes:
+        heads, grid = SHAPES[shape]
+        p = Problem(heads, grid, 128, torch.device("cuda"), args.block_k)
+        flops = 4.0 * heads * p.geometry.tokens**2 * 128
+        for name, call in parts(p).items():
+            try:
+                calls = {CUDNN: (partial(dense, p.q, p.k, p.v), flops), name: (call, flops)}
+                times = {row.what: row.ms for row in in_turns(shape, f"128x{args.block_k}", calls, args.rounds)}
+                rows.append({"shape": shape, "part": name, "ms": times[name], "of_dense": times[name] / times[CUDNN]})
+                say(f"{shape:<16} {name:<32} {times[name]:>8.3f} ms {times[name] / times[CUDNN]:>7.3f} of dense")
+            except Exception:  # the other parts are still worth having
+                traceback.print_exc(file=sys.stdout)
+            save(rows, peaks, args.block_k)
+        peaks[shape] = memory(p)
+        for name, share in peaks[shape].items():
+            say(f"{shape:<16} peak memory, {name:<40} {100 * share:>6.2f} %")
+        save(rows, peaks, args.block_k)
+    return 0
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def save(rows: list[dict[str, Any]], peaks: dict[str, dict[str, float]], block_k: int) -> None:
+    """Write what there is to ``$OUT``."""
+    if os.environ.get("OUT"):
+        record = {"gpu": torch.cuda.get_device_name(), "block_k": block_k, "rows": rows, "peak_memory": peaks}
+        Path(os.environ["OUT"], "planning.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
