@@ -144,8 +144,10 @@ def distance(out: Tensor, ref: Tensor, rows: Tensor) -> float:
 class Ours:
     """The override in a run of ``STEPS`` steps."""
 
-    def __init__(self, grid: tuple[int, int, int], heads: int, density: float, start: float = 0.2) -> None:
-        settings = Settings(quality="custom", density=density, min_tokens=0, start_percent=start)
+    def __init__(
+        self, grid: tuple[int, int, int], heads: int, density: float, method: str = "auto", start: float = 0.2
+    ) -> None:
+        settings = Settings(method=method, quality="custom", density=density, min_tokens=0, start_percent=start)
         self.patcher = accelerate(Patcher(), settings)
         self.heads = heads
         self.sigmas = torch.linspace(1, 0, STEPS + 1)
@@ -223,10 +225,10 @@ def bench(args: argparse.Namespace, device: torch.device) -> list[Row]:
     if sol is None:
         say(f"sol_attn skipped: {reason}")
     for density in args.densities:
-        ours = Ours(grid, heads, density)
-        for step in range(2):
-            ours.call(q, k, v, ours.options(step))  # the warm-up; the plan is made on its last step
-        options = ours.options(2)
+        ours = Ours(grid, heads, density, args.method)
+        for step in range(3):
+            ours.call(q, k, v, ours.options(step))  # the warm-up and the plan, on its last step or the one behind it
+        options = ours.options(3)
         ours.call(q, k, v, options)
         (status,) = session_of(ours.patcher).status()
         share, backend = status.sparse_density, status.backend
@@ -272,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 45, 80) if gpu else (4, 16, 16))
     parser.add_argument("--heads", type=int, default=40 if gpu else 2)
+    parser.add_argument("--method", default="auto", help="of the node")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--gain", type=float, default=1.0, help="how peaked the softmax is")
     parser.add_argument("--densities", type=float, nargs="*", default=(0.1, 0.2))
@@ -286,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     found = bench(args, device)
     met = verdict(found)
     if out := os.environ.get("OUT"):
-        text = json.dumps({**environment(device), "rows": [asdict(row) for row in found]}, indent=1)
+        text = json.dumps(
+            {**environment(device), "method": args.method, "rows": [asdict(row) for row in found]}, indent=1
+        )
         Path(out, "comfyui_attention.json").write_text(text + "\n", encoding="utf-8")
     return 0 if met else 1
 

@@ -2,13 +2,13 @@
 
     python benchmarks/methods_table.py --workers 8 --out benchmarks/results/methods_table       # on a GPU
     python benchmarks/methods_table.py --toy                                                    # the same, small, on a CPU
-    python benchmarks/methods_table.py --join benchmarks/results/methods_table                  # tables of what is there
+    python benchmarks/methods_table.py --join benchmarks/results/methods_table --page docs/methods_table.md    # the page
 
 Each prompt is generated dense and with every method from the same noise, at the same work over the whole run: warm-up,
 planning, pooled and gathered keys count (``run_density``). The warm-up is the method's own where it fits, and is cut to two
 fifths of the work otherwise. Metrics are against the dense clip, on raw frames; ``another seed`` is dense with other noise:
-what two unrelated clips score. Rows are spread over worker processes, and all prompts of a row go through the model in
-batches; each worker appends its records to a file of its own and goes on where it stopped.
+what two unrelated clips score. All prompts of a row go through the model in batches. Worker processes take one row after
+another from a common list; rows that a file of the folder holds are left out, so that a run goes on where the last stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval", "benchmarks")]
 
 from _attention_probe import probing  # noqa: E402
+from _table_pages import join  # noqa: E402
+from _table_queue import RowQueue, read_samples  # noqa: E402
+from _table_rows import FLOOR  # noqa: E402
 
 import dit_accel  # noqa: E402
 from dit_accel.demo.pipeline import load  # noqa: E402
@@ -35,14 +41,16 @@ from dit_accel.env import gpus, versions  # noqa: E402
 from dit_accel.learned import missing_scorer  # noqa: E402
 from dit_accel.presets import get_method  # noqa: E402
 from dit_accel.static_plan import StaticPlan  # noqa: E402
-from dit_accel_eval.files import append_record, read_records, write_json, write_text  # noqa: E402
+from dit_accel_eval.files import append_record, write_json  # noqa: E402
 from dit_accel_eval.generate import generate  # noqa: E402
 from dit_accel_eval.metrics import evaluate_pair  # noqa: E402
 
-FLOOR = "another seed"
 PROBED = 2  # prompts on which the attention of each method is measured, too
 CALIBRATION = 2
 SHARE = 0.4  # of the work that a warm-up may take
+_AGAIN = 10.0  # seconds until a row that found no memory is tried again
+
+T = TypeVar("T")
 
 
 def arguments() -> argparse.Namespace:
@@ -63,10 +71,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no sample is begun")
     parser.add_argument("--batch", type=int, default=16, help="prompts in one call")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rehearsed", nargs="*", default=[], help="methods whose kernels Triton's cache has already")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--toy", action="store_true", help="1 prompt, 17 frames, 6 steps, density 0.6")
     parser.add_argument("--join", type=Path, help="only make the tables of this folder")
+    parser.add_argument("--page", type=Path, help="with --join: the page whose generated parts are renewed")
     parser.add_argument("--out", type=Path, default=Path("methods-table"))
     args = parser.parse_args()
     if args.toy:
@@ -94,50 +103,41 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def options_of(name: str, density: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Options of a method at some work: its own warm-up, or what two fifths of the work allow."""
-    method = get_method(name)
+def warmup_of(name: str, density: float, args: argparse.Namespace) -> float:
+    """Warm-up of a method at some work: its own, or what two fifths of the work allow."""
     allowed = math.floor(SHARE * density * args.steps + 1e-6) / args.steps
-    options: dict[str, Any] = {"run_density": density, **json.loads(args.options)}
-    if method.warmup > allowed:
-        options["warmup"] = allowed
-    return options
+    return min(get_method(name).warmup, allowed)
+
+
+def options_of(pipe: Any, name: str, density: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Options of a method at some work."""
+    if get_method(name).static:
+        return {"plan": calibrate(pipe, name, density, read_prompts(args), args)}
+    return {"run_density": density, "warmup": warmup_of(name, density, args), **json.loads(args.options)}
 
 
 def plan_path(args: argparse.Namespace, name: str, density: float) -> Path:
     return args.out / f"plan_{name}_{density:g}.safetensors"
 
 
-def calibrate(args: argparse.Namespace, prompts: list[str]) -> None:
-    """Plans of the static methods, made once, on the last prompts of the file."""
-    static = [name for name in args.methods if get_method(name).static]
-    if not static:
-        return
-    pipe = load(args.model, torch.device(args.device))
-    for name in static:
-        for density in args.density:
-            path = plan_path(args, name, density)
-            if path.is_file():
-                continue
-            plans = dit_accel.calibrate(
-                pipe,
-                prompts[-CALIBRATION:],
-                name,
-                overrides={"density": density},
-                output_type="latent",
-                **call_of(args),
-            )
-            plan = plans if isinstance(plans, StaticPlan) else next(iter(plans.values()))
-            plan.save(path)
+def calibrate(pipe: Any, name: str, density: float, prompts: list[str], args: argparse.Namespace) -> StaticPlan:
+    """The plan of a static method, made on the last prompts of the file where no earlier run has left it."""
+    path = plan_path(args, name, density)
+    if not path.is_file():
+        dense = math.ceil(warmup_of(name, density, args) * args.steps - 1e-6) / args.steps
+        overrides = {"density": (density - dense) / (1 - dense), "warmup": dense}
+        plans = dit_accel.calibrate(
+            pipe, prompts[-CALIBRATION:], name, overrides=overrides, output_type="latent", **call_of(args)
+        )
+        (plans if isinstance(plans, StaticPlan) else next(iter(plans.values()))).save(path)
+    return StaticPlan.load(path)
 
 
 def one_run(
     pipe: Any, name: str, density: float, prompts: list[str], seeds: list[int], args: argparse.Namespace
 ) -> tuple[Any, dict[str, Any]]:
     """Clips of a method, and what the engine counted."""
-    options = options_of(name, density, args)
-    if get_method(name).static:
-        options = {"plan": StaticPlan.load(plan_path(args, name, density))}
+    options = options_of(pipe, name, density, args)
     with dit_accel.enabled(pipe, name, **options) as handle:
         clips = generate(pipe, prompts, seeds, **call_of(args))
         (status,) = handle.stats().values()
@@ -149,7 +149,8 @@ def one_run(
         "plans": status.plans,
         "notes": status.notes,
         "seconds": clips.denoise_seconds / len(prompts),
-        "warmup": options.get("warmup", get_method(name).warmup),
+        "peak_gib": None if clips.peak_bytes is None else clips.peak_bytes / 2**30,
+        "warmup": warmup_of(name, density, args),
     }
     return clips.frames, record
 
@@ -158,40 +159,66 @@ def probed(
     pipe: Any, name: str, density: float, prompts: list[str], seeds: list[int], args: argparse.Namespace
 ) -> dict[str, float]:
     """Attention-level error over a run of its own, so that it is in nobody's time."""
-    options = options_of(name, density, args)
-    if get_method(name).static:
-        options = {"plan": StaticPlan.load(plan_path(args, name, density))}
+    options = options_of(pipe, name, density, args)
     with probing() as probe, dit_accel.enabled(pipe, name, **options):
         generate(pipe, prompts, seeds, decode=False, **call_of(args))
     return probe.summary()
 
 
 def work(args: argparse.Namespace) -> None:
-    """One worker: its rows, each over all prompts."""
+    """One worker: takes rows that nobody has begun, each over all prompts."""
     began = time.monotonic()
     prompts = read_prompts(args)[args.first : args.first + args.count]
     seeds = list(range(args.first, args.first + args.count))
     pipe = load(args.model, torch.device(args.device))
-    path = args.out / f"samples_{args.worker}.jsonl"
-    done = {r["name"] for r in read_records(path)}
-    rows = [(FLOOR, None), *((name, d) for d in args.density for name in args.methods)]
-    mine = [(n, d) for n, d in rows[args.worker :: args.workers] if title(n, d) not in done]
-    dense: dict[int, Any] = {}
-    for name, density in mine:
+    queue = RowQueue(args.out, f"worker {args.worker}")
+    done = finished(args.out, len(prompts))
+    groups = [slice(i, i + args.batch) for i in range(0, len(prompts), args.batch)]
+    for name, density in rows_of(args):
         if time.monotonic() - began > args.limit:
             break
+        if title(name, density) in done or not queue.take(title(name, density)):
+            continue
+        if density is not None and name not in args.rehearsed and queue.take(f"rehearsal of {name}"):
+            rehearse(pipe, name, prompts[groups[0]], seeds[groups[0]], args)
         records: list[dict[str, Any]] = []
-        for first in range(0, len(prompts), args.batch):
-            group, numbers = prompts[first : first + args.batch], seeds[first : first + args.batch]
-            if first not in dense:
-                dense[first] = generate(pipe, group, numbers, **call_of(args)).frames
-            records += row(pipe, name, density, group, numbers, dense[first], args)
+        for group in groups:
+            dense = queue.shared(
+                f"dense_{args.first + group.start}_{args.batch}",
+                lambda one=group: generate(pipe, prompts[one], seeds[one], **call_of(args)).frames,
+            )
+            made = partial(row, pipe, name, density, prompts[group], seeds[group], dense, args)
+            records += patiently(made)
         if density is not None and "error" not in records[0]:
-            records[0] |= probed(pipe, name, density, prompts[:PROBED], seeds[:PROBED], args)
+            records[0] |= patiently(partial(probed, pipe, name, density, prompts[:PROBED], seeds[:PROBED], args))
         for record in records:
-            append_record(path, record)
+            append_record(args.out / f"samples_{args.worker}.jsonl", record)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the other workers share the memory
         told = records[0].get("error") or f"{mean(records, 'psnr'):.2f} dB at {records[0]['density']:.3f}"
         print(f"{time.monotonic() - began:6.1f} s  {title(name, density):20} {told[:90]}", flush=True)
+
+
+def patiently(make: Callable[[], T]) -> T:
+    """Do something again where the other workers had taken the memory."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        time.sleep(_AGAIN)
+    return make()
+
+
+def rows_of(args: argparse.Namespace) -> list[tuple[str, float | None]]:
+    """All rows, in the order in which they are begun."""
+    return [(FLOOR, None), *((name, d) for d in args.density for name in args.methods)]
+
+
+def finished(folder: Path, prompts: int) -> set[str]:
+    """Rows that have a record for each prompt, or could not be made."""
+    records = read_samples(folder)
+    count = Counter(r["name"] for r in records)
+    return {r["name"] for r in records if "error" in r or count[r["name"]] >= prompts}
 
 
 def row(
@@ -219,135 +246,46 @@ def row(
     ]
 
 
-def rehearse(args: argparse.Namespace) -> None:
-    """Compile the kernels of this worker's share of the methods, so that the workers do not all compile the same."""
-    pipe = load(args.model, torch.device(args.device))
-    short = {**call_of(args), "num_inference_steps": 4, "num_frames": min(args.frames, 17)}
-    for name in args.methods[args.worker :: args.workers]:
-        if get_method(name).static:
-            continue
-        with dit_accel.enabled(pipe, name, density=0.5, warmup=0.25):
-            generate(pipe, ["a ball"], [0], decode=False, **short)
+def rehearse(pipe: Any, name: str, prompts: list[str], seeds: list[int], args: argparse.Namespace) -> None:
+    """Compile the kernels of a method at the shapes of its rows, so that compiling is in nobody's time."""
+    if get_method(name).static:
+        return
+    with dit_accel.enabled(pipe, name, density=0.5, warmup=0.25):
+        generate(pipe, prompts, seeds, decode=False, **{**call_of(args), "num_inference_steps": 4})
 
 
 def title(name: str, density: float | None) -> str:
     return name if density is None else f"{name} {density:g}"
 
 
-def mean(records: list[dict[str, Any]], key: str) -> float | None:
-    values = [float(r[key]) for r in records if r.get(key) is not None]
-    return sum(values) / len(values) if values else None
+def mean(records: list[dict[str, Any]], key: str) -> float:
+    return sum(float(r[key]) for r in records) / len(records)
 
 
-COLUMNS = {
-    "density": ("density", ".3f"),
-    "psnr": ("PSNR, dB", ".2f"),
-    "worst": ("worst", ".1f"),
-    "ssim": ("SSIM", ".4f"),
-    "lpips_alex": ("LPIPS", ".4f"),
-    "flicker_difference": ("flicker difference", "+.5f"),
-    "attention_rel_l1": ("attention rel-L1", ".3f"),
-    "recalled_mass": ("recalled mass", ".3f"),
-    "plan_work": ("plan work", ".3f"),
-    "plan_ms": ("plan ms", ".0f"),
-    "samples": ("samples", "d"),
-}
-
-
-def join(folder: Path) -> None:
-    """Tables, JSON and plot of every record in a folder."""
-    records = [r for path in sorted(folder.glob("samples_*.jsonl")) for r in read_records(path)]
-    if not records:
-        raise SystemExit(f"{folder} holds no samples_*.jsonl with records")
-    rows = []
-    for name in dict.fromkeys(r["name"] for r in records):
-        found = [r for r in records if r["name"] == name]
-        good = [r for r in found if "error" not in r]
-        row: dict[str, Any] = {"name": name, "method": found[0]["method"], "target": found[0]["target"]}
-        if good:
-            row |= {key: mean(good, key) for key in COLUMNS if key not in ("samples", "worst")}
-            row |= {"samples": len(good), "worst": min(r["psnr"] for r in good), "warmup": mean(good, "warmup")}
-        else:
-            row["error"] = found[0]["error"]
-        rows.append(row)
-    settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").is_file() else {}
-    write_json(folder / "methods_table.json", {**settings, "rows": rows})
-    write_text(folder / "methods_table.md", markdown(rows))
-    plot(rows, folder / "pareto.svg")
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    parts = []
-    for target in dict.fromkeys(r["target"] for r in rows):
-        here = [r for r in rows if r["target"] == target]
-        here.sort(key=lambda r: -(r.get("psnr") or -1.0))
-        head = ["method", *(label for label, _ in COLUMNS.values())]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for row in here:
-            cells = [format(row[k], spec) if row.get(k) is not None else "" for k, (_, spec) in COLUMNS.items()]
-            if "error" in row:
-                cells = [row["error"], *[""] * (len(COLUMNS) - 1)]
-            lines.append("| " + " | ".join([f"`{row['method']}`" if target else row["method"], *cells]) + " |")
-        heading = f"### Work {target:g} of dense" if target is not None else "### Floor"
-        parts.append("\n".join([heading, "", *lines]))
-    return "\n\n".join(parts) + "\n"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """PSNR against measured work, one line a method."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(11, 7))
-    methods = sorted({r["method"] for r in rows if r["target"] is not None and "error" not in r})
-    best = {m: max(r["psnr"] for r in rows if r["method"] == m and "error" not in r) for m in methods}
-    colours = plt.get_cmap("tab20")
-    for i, method in enumerate(sorted(methods, key=lambda m: -best[m])):
-        mine = sorted((r["density"], r["psnr"]) for r in rows if r["method"] == method and "error" not in r)
-        style = (
-            {"linewidth": 2.6, "color": "black"} if method == "auto" else {"linewidth": 1.2, "color": colours(i % 20)}
-        )
-        axes.plot(*zip(*mine), marker="os^Dv"[i % 5], markersize=4, label=method, **style)
-    floor = [r["psnr"] for r in rows if r["target"] is None]
-    if floor:
-        axes.axhline(floor[0], color="grey", linestyle=":", label=FLOOR)
-    axes.set_xlabel("work over dense, warm-up and planning included")
-    axes.set_ylabel("PSNR against dense, dB")
-    axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+def note_run(args: argparse.Namespace) -> None:
+    """Add this run's settings, device and versions to those of the runs before it."""
+    path = args.out / "settings.json"
+    left_out = ("limit", "out", "join", "page")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
+    where = gpus()[0]["name"] if args.device == "cuda" else "CPU"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    write_json(path, {"runs": [*runs, {"settings": settings, "device": where, "versions": versions()}]})
 
 
 def main() -> None:
     args = arguments()
     if args.join:
-        join(args.join)
-        print((args.join / "methods_table.md").read_text(encoding="utf-8"))
+        join(args.join, args.page)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     if args.worker is not None:
         torch.set_num_threads(1)
-        rehearse(args) if args.rehearse else work(args)
+        work(args)
         return
-    found = gpus()
-    where = found[0]["name"] if args.device == "cuda" else "CPU"
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("limit", "out", "join")
-    }
-    write_json(args.out / "settings.json", {"settings": settings, "device": where, "versions": versions()})
-    began = time.monotonic()
-    calibrate(args, read_prompts(args))
+    note_run(args)
+    RowQueue(args.out, "main").clear()
+    more = [] if math.isinf(args.limit) else ["--limit", f"{args.limit:.0f}"]
     command = [sys.executable, __file__, *sys.argv[1:]]
-    if args.device == "cuda":
-        compilers = ["--rehearse", "--workers", "14"]  # compiling is the host's work
-        starting = [subprocess.Popen([*command, *compilers, "--worker", str(i)]) for i in range(14)]
-        if any(process.wait() for process in starting):
-            raise SystemExit("a method failed in the rehearsal")
-        print(f"rehearsed in {time.monotonic() - began:.0f} s", flush=True)
-    left = args.limit - (time.monotonic() - began)
-    more = [] if math.isinf(left) else ["--limit", f"{left:.0f}"]
     running = [subprocess.Popen([*command, "--worker", str(i), *more]) for i in range(args.workers)]
     failed = [process.wait() for process in running]
     join(args.out)

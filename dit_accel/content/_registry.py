@@ -28,7 +28,7 @@ class ContentOrder:
 CONTENT_ORDERS: Registry[ContentOrder] = Registry("content order")
 """Rules ``(ctx, *values) -> ContentOrder`` for a context with one batch element.
 
-Traits: ``cost``, work in dense attentions."""
+Traits: ``cost``, work in dense attentions; ``by_head`` (bool), each head is ordered apart from the others."""
 
 
 def head_order(visual: Tensor, geometry: TokenGeometry) -> TokenOrder:
@@ -41,6 +41,7 @@ def head_order(visual: Tensor, geometry: TokenGeometry) -> TokenOrder:
     """
     heads, device = visual.shape[0], visual.device
     behind = geometry.prefix + geometry.visual
-    extra = torch.cat((torch.arange(geometry.prefix), torch.arange(behind, geometry.tokens))).to(device)
+    before = torch.arange(geometry.prefix, device=device)  # made there: a copy from the host would wait
+    extra = torch.cat((before, torch.arange(behind, geometry.tokens, device=device)))
     table = torch.cat((visual + geometry.prefix, extra.expand(heads, -1)), 1).to(torch.int32)
     return TokenOrder(table.contiguous(), torch.arange(heads, dtype=torch.int32, device=device))

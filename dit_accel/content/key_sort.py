@@ -32,7 +32,7 @@ def _cost(method: object, geometry: object) -> float:
     return float(0.5 * min(_PROBES / max(getattr(geometry, "tokens", 1), 1), 1.0))
 
 
-@CONTENT_ORDERS.register("key_sort", paper="arXiv 2510.21270", cost=_cost)
+@CONTENT_ORDERS.register("key_sort", paper="arXiv 2510.21270", cost=_cost, by_head=True)
 def key_sort(ctx: PlanContext, probes: int = _PROBES) -> ContentOrder:
     """Keys of each head by falling popularity, so that what all queries look at lies in few blocks; queries stay.
 

@@ -39,26 +39,32 @@ class Clusters:
     key_label: Tensor
 
 
+def _rows(x: Tensor, centroids: Tensor) -> int:
+    """Tokens of every head that are compared with the centroids at once."""
+    return max(_CHUNK // (x.shape[0] * centroids.shape[1]), 1)
+
+
 def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid of each token of one head, int64 ``[V]``; of several equally near the first."""
-    offset = centroids.square().sum(-1) / 2
-    rows = max(_CHUNK // centroids.shape[0], 1)
-    return torch.cat([(part @ centroids.mT - offset).argmax(-1) for part in x.split(rows)])
+    """Nearest centroid of each token, int64 ``[H, V]``; of several equally near the first."""
+    offset = centroids.square().sum(-1)[:, None] / 2
+    parts = x.split(_rows(x, centroids), 1)
+    return torch.cat([torch.baddbmm(offset, part, centroids.mT, beta=-1).argmax(-1) for part in parts], 1)
 
 
 def _means(x: Tensor, label: Tensor, centroids: Tensor) -> Tensor:
-    """Mean of each cluster of one head; an empty one keeps its centroid. By products, which are deterministic."""
-    total, count = torch.zeros_like(centroids), centroids.new_zeros(centroids.shape[0])
-    rows = max(_CHUNK // centroids.shape[0], 1)
-    for part, mine in zip(x.split(rows), label.split(rows)):
-        member = F.one_hot(mine, centroids.shape[0]).to(x.dtype)
+    """Mean of each cluster; an empty one keeps its centroid. By products, which are deterministic."""
+    total, count = torch.zeros_like(centroids), torch.zeros_like(centroids[..., 0])
+    numbers = torch.arange(centroids.shape[1], device=x.device)
+    rows = _rows(x, centroids)
+    for part, mine in zip(x.split(rows, 1), label.split(rows, 1)):
+        member = (mine[..., None] == numbers).to(x.dtype)
         total += member.mT @ part
-        count += member.sum(0)
-    return torch.where((count > 0)[:, None], total / count.clamp(min=1)[:, None], centroids)
+        count += member.sum(1)
+    return torch.where((count > 0)[..., None], total / count.clamp(min=1)[..., None], centroids)
 
 
 def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm, head by head.
+    """Lloyd's algorithm, for all heads at once.
 
     Args:
         x: float32 ``[H, V, D]``.
@@ -68,14 +74,9 @@ def lloyd(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor
     Returns:
         The centroids ``[H, C, D]`` and the labels int64 ``[H, V]``, nearest to these centroids.
     """
-    found, labels = [], []
-    for head in range(x.shape[0]):
-        centre = centroids[head]
-        for _ in range(iterations):
-            centre = _means(x[head], _assign(x[head], centre), centre)
-        found.append(centre)
-        labels.append(_assign(x[head], centre))
-    return torch.stack(found), torch.stack(labels)
+    for _ in range(iterations):
+        centroids = _means(x, _assign(x, centroids), centroids)
+    return centroids, _assign(x, centroids)
 
 
 def _spread(x: Tensor, count: int) -> Tensor:
@@ -115,7 +116,7 @@ def _routing_cost(method: object, geometry: object) -> float:
     return float((2.5 + 18 / _PLANS) * 2 / tokens**0.5)
 
 
-@CONTENT_ORDERS.register("kmeans", paper="arXiv 2505.18875", cost=_kmeans_cost)
+@CONTENT_ORDERS.register("kmeans", paper="arXiv 2505.18875", cost=_kmeans_cost, by_head=True)
 def kmeans(ctx: PlanContext, queries: int = 0, keys: int = 0, first: int = 20, later: int = 2) -> ContentOrder:
     """Queries and keys of each head by their clusters, found separately (SVG2's semantic permutation).
 
@@ -134,7 +135,7 @@ def kmeans(ctx: PlanContext, queries: int = 0, keys: int = 0, first: int = 20, l
     return _orders(ctx, found)
 
 
-@CONTENT_ORDERS.register("routing", paper="arXiv 2003.05997", cost=_routing_cost)
+@CONTENT_ORDERS.register("routing", paper="arXiv 2003.05997", cost=_routing_cost, by_head=True)
 def routing(ctx: PlanContext, clusters: int = 0, first: int = 20, later: int = 2) -> ContentOrder:
     """Queries and keys of each head by shared clusters, on the sphere (Routing Transformer).
 

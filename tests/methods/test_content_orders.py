@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import FLUX, HUNYUAN, VIDEO, context, make_plan, qkv, run
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.content import CONTENT_ORDERS
 from dit_accel.content.kmeans import MEMORY, Clusters, lloyd
@@ -59,7 +62,7 @@ def test_an_empty_cluster_keeps_its_centroid() -> None:
 def test_later_plans_begin_with_the_centroids_of_the_last(name: str) -> None:
     planner, ctx = context(name, VIDEO, qkv(VIDEO), density=0.3)
     planner.plan(ctx)
-    first = ctx.memory["batch 0"][MEMORY]
+    first = ctx.memory["batch"][MEMORY]
     assert isinstance(first, Clusters)
     cost = ctx.cost
     ctx.cost = 0.0
@@ -74,7 +77,7 @@ def test_svg2_keeps_every_pair_that_the_paper_keeps() -> None:
     tensors = qkv(VIDEO, seed=7, gain=3.0)
     planner, ctx = context("svg2", VIDEO, tensors, order="kmeans:6,12")
     plan = planner.plan(ctx)
-    part, found = plan.parts[0], ctx.memory["batch 0"][MEMORY]
+    part, found = plan.parts[0], ctx.memory["batch"][MEMORY]
     levels = part.mask.levels()[0]
     assert part.order is not None
     assert part.key_order is not None
@@ -107,7 +110,7 @@ def test_routing_stays_within_its_clusters() -> None:
     tensors = qkv(HUNYUAN, seed=8)
     planner, ctx = context("routing", HUNYUAN, tensors, order="routing:5")
     plan = planner.plan(ctx)
-    part, found = plan.parts[0], ctx.memory["batch 0"][MEMORY]
+    part, found = plan.parts[0], ctx.memory["batch"][MEMORY]
     levels = part.mask.levels()[0]
     text = {HUNYUAN.visual // 64, (HUNYUAN.tokens - 1) // 64}
     assert part.order is not None
@@ -133,3 +136,64 @@ def test_batch_elements_have_their_own_orders() -> None:
     together = run(make_plan("pbs", VIDEO, both, density=0.3), both)  # type: ignore[arg-type]
     for i, alone in enumerate((first, second)):
         torch.testing.assert_close(together[i : i + 1], run(make_plan("pbs", VIDEO, alone, density=0.3), alone))
+
+
+@pytest.mark.parametrize("density", [0.3, None])
+@pytest.mark.parametrize("name", ["pbs", "svg2", "routing"])
+def test_a_batch_is_planned_at_once_as_each_element_is_alone(name: str, density: float | None) -> None:
+    """Over two plans, so that clusters are taken up again; and as the loop over elements that masked calls go through."""
+    alone = [qkv(HUNYUAN, seed=seed) for seed in (1, 2, 3)]
+    both = tuple(torch.cat(tensors) for tensors in zip(*alone, strict=True))
+    planner, ctx = context(name, HUNYUAN, both, density=density)  # type: ignore[arg-type]
+    _, masked = context(name, HUNYUAN, both, density=density)  # type: ignore[arg-type]
+    masked.key_valid = torch.ones(3, HUNYUAN.tokens, dtype=torch.bool)
+    for _ in range(2):
+        together, looped = planner.plan(ctx), planner.plan(masked)
+    assert together.cost == pytest.approx(looped.cost)
+    for i, tensors in enumerate(alone):
+        planner, one = context(name, HUNYUAN, tensors, density=density)
+        for _ in range(2):
+            plan = planner.plan(one)
+        part = together.parts[i]
+        for other in (plan.parts[0], looped.parts[i]):
+            assert torch.equal(part.mask.levels(), other.mask.levels())
+            assert part.key_order is not None
+            assert other.key_order is not None
+            assert torch.equal(part.key_order.table, other.key_order.table)
+        torch.testing.assert_close(together.density[i : i + 1], plan.density)
+        torch.testing.assert_close(part.mask.lists().full, plan.parts[0].mask.lists().full)
+
+
+@pytest.mark.parametrize("name", ["pbs", "svg2", "routing"])
+def test_planning_launches_no_more_kernels_for_a_larger_batch(name: str) -> None:
+    counts = []
+    for batch in (2, 6):
+        tensors = tuple(x.repeat(batch, 1, 1, 1) for x in qkv(VIDEO))
+        planner, ctx = context(name, VIDEO, tensors, density=0.3)  # type: ignore[arg-type]
+        planner.plan(ctx)  # what the geometry decides is made once
+        with _Operations() as seen:
+            planner.plan(ctx)
+        counts.append(seen.count)
+    assert counts[1] == counts[0]
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.count += not func.is_view
+        return found
+
+
+def test_clusters_do_not_depend_on_how_much_fits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 200, 8, generator=torch.Generator().manual_seed(4))
+    found, label = lloyd(x, x[:, :9], 3)
+    monkeypatch.setattr("dit_accel.content.kmeans._CHUNK", 3 * 9 * 37)
+    again, label_again = lloyd(x, x[:, :9], 3)
+    torch.testing.assert_close(found, again)
+    assert torch.equal(label, label_again)
