@@ -7,6 +7,8 @@ print(dit_accel.status(pipe))        # what was computed, what stayed dense and 
 handle.disable()                     # the original objects, by identity
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dit_accel._version import __version__
 from dit_accel.adapter import Adapter, StepInfo
 from dit_accel.api import (
@@ -32,6 +34,9 @@ from dit_accel.presets import register_method
 from dit_accel.simulator import Proposal, Simulation, propose, simulate
 from dit_accel.static_plan import StaticPlan
 
+if TYPE_CHECKING:
+    from dit_accel.profiles import Profile
+
 __all__ = [
     "Adapter",
     "Blend",
@@ -42,6 +47,7 @@ __all__ = [
     "Handle",
     "LayerStatus",
     "Method",
+    "Profile",
     "Proposal",
     "RunStatus",
     "Simulation",
@@ -63,3 +69,12 @@ __all__ = [
     "status",
     "supported_models",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs need, loaded when asked for, so that the import stays lean."""
+    if name == "Profile":
+        from dit_accel.profiles import Profile
+
+        return Profile
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

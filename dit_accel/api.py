@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
@@ -22,8 +22,13 @@ from dit_accel.pattern import PATTERNS
 from dit_accel.presets import get_method, load_methods
 from dit_accel.registry import Installation, adapters, find_adapter, install
 from dit_accel.runtime import ModelRun
-from dit_accel.static_plan import Recorder, StaticPlan
+from dit_accel.static_plan import StaticPlan
 from dit_accel_kernels.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from dit_accel.calibration.run import ProgressFn
+    from dit_accel.cost import CostModel
+    from dit_accel.profiles import Profile
 
 __all__ = [
     "Handle",
@@ -38,6 +43,7 @@ __all__ = [
 
 _logger = get_logger("dit_accel")
 _COMPONENTS = ("transformer", "transformer_2", "transformer_3")
+_MIN_TOKENS = 2048
 _SLOTS = {"order", "order_choice", "score", "select", "compensate"}
 # Handles are kept alive by what is installed on the module, so that a dropped pipeline takes its handle along.
 _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
@@ -185,8 +191,12 @@ def enable(
     method: str | Method | None = None,
     *,
     backend: str | None = None,
-    min_tokens: int = 2048,
+    min_tokens: int | None = None,
     run_density: float | None = None,
+    quality: str | None = None,
+    target_psnr: float | None = None,
+    target_error: float | None = None,
+    profile: Profile | str | Path | None = None,
     plan: Plans | None = None,
     **overrides: Any,
 ) -> Handle:
@@ -199,9 +209,18 @@ def enable(
             score="xattn", select="top_p:0.9", compensate="mean")``.
         backend: kernel backend (``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"``); ``None`` takes the best
             that passes its self-test. The environment variable ``DIT_ACCEL_BACKEND`` sets a default.
-        min_tokens: shorter sequences stay dense.
+        min_tokens: shorter sequences stay dense. Left out it is 2048, and where neither a method nor how it is to
+            run was given, calls also stay dense on a GPU where sparse attention was measured not to be faster (see
+            :mod:`dit_accel.cost`; ``DIT_ACCEL_COST_MODEL=off`` switches that off).
         run_density: work of the whole run over the work of a dense run, warm-up, planning and
             pooled keys included; the density of the sparse steps follows from it.
+        quality: ``"high"``, ``"balanced"`` or ``"fast"``: 40, 35 or 30 dB, as ``target_psnr``.
+        target_psnr: mean PSNR against dense in dB. It is reached by the error of attention that gave it where it was
+            measured: in the calibration of ``profile``, else on a small model, with a warning for others.
+        target_error: relative L2 error of each layer's attention output, above 0 and below 1. It is measured where
+            plans are made, and each head gets the density that it takes (:class:`~dit_accel.targets.control.ErrorControl`).
+        profile: what ``calibrate(pipe, prompts, target=...)`` found: a :class:`~dit_accel.profiles.Profile`, its file or
+            folder, or its name on the Hugging Face Hub. It fixes the method; a quality or target may be given besides.
         plan: for static methods such as ``"paro"``, what :func:`calibrate` made, or its file.
         **overrides: fields of :class:`~dit_accel.Method`, such as ``density=0.3`` or ``warmup=0.1``.
 
@@ -210,18 +229,65 @@ def enable(
 
     Raises:
         ValueError: unknown method or option, a value out of range, a target without a transformer, a
-            model that no adapter knows, or a static method without a plan.
+            model that no adapter knows, a static method without a plan, or a profile of another model.
+        FileNotFoundError: if there is no plan or profile at the path.
         RuntimeError: if an explicitly requested backend cannot run here.
     """
-    chosen = _choose(method, overrides)
-    if run_density is not None and (not isinstance(run_density, int | float) or not 0 < run_density <= 1):
-        raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
-    if not isinstance(min_tokens, int) or min_tokens < 0:
+    from dit_accel.targets.wish import Wish
+
+    wish = Wish(quality, target_psnr, target_error, profile)
+    wish.check({"run_density": run_density, "density": overrides.get("density"), "plan": plan})
+    if profile is not None and overrides:
+        raise ValueError(f"a profile fixes the method; {', '.join(sorted(overrides))} cannot go with it")
+    if min_tokens is not None and (not isinstance(min_tokens, int) or min_tokens < 0):
         raise ValueError(f"min_tokens must be a number of tokens, at least 0, got {min_tokens!r}")
     backend = backend or os.environ.get("DIT_ACCEL_BACKEND") or None
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     modules = _transformers(target)
+    if profile is not None:
+        granted = wish.grant_by_profile(method, modules, backend)
+    else:
+        chosen, plans = _with_plans(method, overrides, modules, run_density, plan)
+        granted = wish.grant(chosen, modules, backend)
+        granted.plans.update(plans)
+    for warning in granted.warnings:
+        _logger.warning("%s", warning)
+    nothing_said = method is None and not overrides and run_density is None and plan is None and profile is None
+    automatic = nothing_said and min_tokens is None and backend is None
+    runs = {}
+    for name, module in modules.items():
+        runs[name] = ModelRun(
+            granted.methods[name],
+            model=type(module).__name__,
+            backend=backend,
+            min_tokens=_MIN_TOKENS if min_tokens is None else min_tokens,
+            run_density=run_density,
+            static=granted.plans.get(name),
+            module=module,
+            control=granted.controls.get(name),
+            cost=_cost_model() if automatic else None,
+        )
+    return _install(target, next(iter(granted.methods.values())), modules, runs)
+
+
+def _cost_model() -> CostModel:
+    from dit_accel.cost import CostModel
+
+    return CostModel()
+
+
+def _with_plans(
+    method: str | Method | None,
+    overrides: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    run_density: float | None,
+    plan: Plans | None,
+) -> tuple[Method, dict[str, StaticPlan]]:
+    """The method that was asked for, and static plans by component."""
+    chosen = _choose(method, overrides)
+    if run_density is not None and (not isinstance(run_density, int | float) or not 0 < run_density <= 1):
+        raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
     plans = _plans(plan, list(modules))
     if chosen.static and not plans:
         raise ValueError(
@@ -230,23 +296,12 @@ def enable(
         )
     if plans:
         chosen = _method_of_plans(chosen, plans, modules, overrides, run_density)
-    if run_density is not None and (not chosen.keeps_density or isinstance(chosen.density, tuple)):
+    if run_density is not None and not chosen.keeps_density:
         raise ValueError(
             f"run_density goes with a method that keeps a share of the blocks, not with select={chosen.select!r} and "
             f"density={chosen.density!r}"
         )
-    runs = {}
-    for name, module in modules.items():
-        runs[name] = ModelRun(
-            chosen,
-            model=type(module).__name__,
-            backend=backend,
-            min_tokens=min_tokens,
-            run_density=run_density,
-            static=plans.get(name),
-            module=module,
-        )
-    return _install(target, chosen, modules, runs)
+    return chosen, plans
 
 
 def _choose(method: str | Method | None, overrides: dict[str, Any]) -> Method:
@@ -383,50 +438,98 @@ def supported_models() -> list[dict[str, Any]]:
     return rows
 
 
+@overload
+def calibrate(
+    pipe: Any, prompts: Sequence[str], method: str | Method | None = None, *, target: None = None, **options: Any
+) -> StaticPlan: ...
+
+
+@overload
+def calibrate(
+    pipe: Any, prompts: Sequence[str], method: str | Method | None = None, *, target: str, **options: Any
+) -> Profile: ...
+
+
 def calibrate(
     pipe: Any,
     prompts: Sequence[str],
-    method: str | Method = "paro",
+    method: str | Method | None = None,
     *,
-    component: str = "transformer",
+    target: str | None = None,
+    component: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    progress: ProgressFn | None = None,
+    control: str = "density",
+    errors: Sequence[float] = (),
+    fix_orders: bool = True,
+    seed: int = 0,
     **call: Any,
-) -> StaticPlan:
-    """Find the static plan of one transformer by dense runs, two for each prompt.
+) -> StaticPlan | Profile:
+    """Find out how a pipeline's attention is best computed, by a few runs.
 
-    The first pass finds the token order of each head, the second the mass of each block in it. Methods with a pattern
-    and candidate windows (``"sta_search"``) need one pass only.
+    With a ``target``, a profile for all transformers of the pipeline. Dense runs of the prompts tell what each head would
+    lose at several densities, under the plans that the method would make; densities are then allotted so that each block
+    removes as much error as any other, and accelerated runs measure the PSNR, up to three for each prompt.
+
+    Without, the static plan of one transformer, for methods such as ``"paro"``. The first pass of dense runs finds the
+    token order of each head, the second the mass of each block in it; methods with a pattern and candidate windows
+    (``"sta_search"``) need one pass only. With a target of the kind ``"density:0.4"`` a static method's plan comes as a
+    profile.
 
     Args:
         pipe: a diffusers pipeline.
-        prompts: what to run; PAROAttention uses one or two.
-        method: a static method.
-        component: the transformer to plan.
+        prompts: what to run; PAROAttention uses one or two, a PSNR wants four and more.
+        method: left out, ``"auto"`` with a target and ``"paro"`` without.
+        target: ``"psnr:35"`` in dB against dense, ``"error:0.05"``, the relative L2 error of attention, ``"density:0.3"``,
+            the mean share of the map on sparse steps, or ``"high"``, ``"balanced"``, ``"fast"``.
+        component: the transformer to plan, for static methods; ``"transformer"`` if left out.
         overrides: fields of the method to change, such as ``{"density": 0.5}``.
-        **call: further arguments of the pipeline call; steps and size must be those of later use.
+        folder: where what is done is kept, so that a calibration that was stopped goes on; left out, nothing is kept.
+        progress: called with a :class:`~dit_accel.calibration.run.Progress` before each run and at the end.
+        control: what the profile does later on: ``"density"`` gives each head the density that was allotted, ``"error"``
+            keeps the error that gave the PSNR, measured anew whenever a plan is made.
+        errors: further errors whose PSNR is measured, for targets to come.
+        fix_orders: whether heads keep the order that they chose most often, where densities are allotted.
+        seed: of the first prompt's noise, the others follow; for targets.
+        **call: further arguments of the pipeline call; steps and size should be those of later use.
 
     Returns:
-        The plan; give it to :func:`enable`, or :meth:`~dit_accel.StaticPlan.save` it.
+        The profile or the plan; give it to :func:`enable`, or save it.
 
     Raises:
-        ValueError: no prompts, a method that is not static, an unknown component, or no attention
-            that could be planned.
+        ValueError: no prompts, a method without a plan to find or a target that it cannot have, an unknown component, no
+            attention that could be watched, or a folder with another calibration.
     """
-    chosen = get_method(method).replace(**dict(overrides or {}))
+    name = method if method is not None else ("paro" if target is None else "auto")
+    chosen = get_method(name).replace(**dict(overrides or {}))
     modules = _transformers(pipe)
     if not prompts or isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
-    if not chosen.static:
-        raise ValueError(f"method {chosen.name!r} needs no calibration, it plans during the run")
-    if component not in modules:
+    from dit_accel.targets.named import parse_target
+
+    wanted = None if target is None else parse_target(target)
+    if component is not None and component not in modules:
         raise ValueError(f"component must be one of {', '.join(modules)}, got {component!r}")
-    module = modules[component]
-    run = ModelRun(chosen, model=type(module).__name__, min_tokens=0, module=module)
-    run.recorder = Recorder(chosen)
-    with _install(pipe, chosen, {component: module}, {component: run}):
-        for phase in run.recorder.phases:
-            if phase == "mask":
-                run.recorder.next_phase()
-            for prompt in prompts:
-                pipe(prompt=prompt, **call)
-        return run.recorder.finish(run)
+    if not chosen.static:
+        if wanted is None:
+            raise ValueError(
+                f"method {chosen.name!r} needs no calibration, it plans during the run; give target= for a profile"
+            )
+        from dit_accel.calibration.run import Calibration
+
+        kept = modules if component is None else {component: modules[component]}
+        options: dict[str, Any] = {"control": control, "errors": errors, "fix_orders": fix_orders, "seed": seed}
+        options |= {"folder": folder, "progress": progress, "call": call}
+        return Calibration(pipe, kept, prompts, chosen, wanted, **options).run()
+    from dit_accel.calibration.static import calibrate_static, profile_of
+
+    if wanted is not None and wanted.kind != "density":
+        raise ValueError(f"method {chosen.name!r} is static: its target is a density ('density:0.4'), got {target!r}")
+    if wanted is not None:
+        chosen = chosen.replace(density=wanted.value)
+    component = component or next(iter(modules))
+    plan = calibrate_static(
+        pipe, modules[component], component, prompts, chosen, folder=folder, progress=progress, call=call
+    )
+    return plan if wanted is None else profile_of(plan, modules[component], component, str(wanted))

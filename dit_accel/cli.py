@@ -1,4 +1,4 @@
-"""The command line: ``dit-accel demo``, ``methods``, ``models``, ``env``."""
+"""The command line: ``dit-accel demo``, ``calibrate``, ``methods``, ``models``, ``env``."""
 
 from __future__ import annotations
 
@@ -108,6 +108,42 @@ def demo(
 
 
 @app.command()
+def calibrate(
+    model: Path = typer.Argument(..., help="Folder of a diffusers pipeline, or its name on the Hub."),
+    target: str = typer.Option(..., help="psnr:35 in dB, error:0.05, density:0.3, or high, balanced, fast."),
+    prompts: Path = typer.Option(..., help="Text file, one prompt a line."),
+    out: Path = typer.Option(Path("profile"), help="Folder, or file ending in .json, to write the profile to."),
+    method: str | None = typer.Option(None, help="Name of a method [auto]; a static one such as paro takes density:…"),
+    control: str = typer.Option("density", help="density: each head gets one; error: it is kept while plans are made."),
+    errors: str = typer.Option("", help="Further errors whose PSNR is measured, such as 0.1,0.03."),
+    count: int | None = typer.Option(None, help="How many of the prompts to use [all]."),
+    steps: int | None = typer.Option(None, help="Denoising steps [8 on a CPU, the pipeline's own on a GPU]."),
+    frames: int | None = typer.Option(None, help="Frames of a clip [17 on a CPU, the pipeline's own on a GPU]."),
+    size: str | None = typer.Option(None, help="Height and width, such as 480x832."),
+    guidance: float | None = typer.Option(None, help="Guidance scale [the pipeline's own]."),
+    seed: int = typer.Option(0, help="Seed of the first prompt's noise."),
+    work: Path | None = typer.Option(None, help="Folder that keeps what is done; a stopped calibration goes on there."),
+    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+) -> None:
+    """Find out what a pipeline's attention needs for a target, and write a profile for `enable(pipe, profile=...)`."""
+    from dit_accel.calibration.command import calibrate_command
+
+    try:
+        from dit_accel_eval.runs.pipeline import call_arguments, load_pipeline, resolve_device
+        from dit_accel_eval.runs.prompts import read_prompts
+
+        lines = read_prompts(prompts)[:count]
+        pipe = load_pipeline(model, resolve_device(device))
+        shape = None if size is None else _size(size)
+        call = call_arguments(pipe, steps=steps, frames=frames, size=shape, guidance=guidance)
+        further = [float(part) for part in errors.split(",") if part.strip()]
+        options = {"control": control, "errors": further, "seed": seed, **call}
+        calibrate_command(pipe, lines, method, target, out, work, options)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+
+
+@app.command()
 def methods(
     name: str | None = typer.Argument(None, help="Print every slot of this method."), as_json: bool = _JSON
 ) -> None:
@@ -184,6 +220,37 @@ def env(as_json: bool = _JSON) -> None:
         why = row["reason"] or f"equals the reference ({row['tested']}){', the automatic choice' * row['automatic']}"
         table.add_row(row["name"], "yes" if row["usable"] else "no", why)
     console.print(table)
+
+
+@app.command()
+def tune(
+    head_dim: list[int] = typer.Option([64, 128], help="Columns of a head; give it again for more."),
+    blocks: list[str] = typer.Option(["64x64", "128x64", "128x128"], help="Queries x keys of a block."),
+    dtype: str = typer.Option("bfloat16", help="bfloat16, float16 or float32."),
+    tokens: int = typer.Option(8192, help="Length of the sequence to measure with."),
+    heads: int = typer.Option(8, help="Heads to measure with."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Measure, but write nothing."),
+    as_json: bool = _JSON,
+) -> None:
+    """Measure tile shapes of the Triton kernel on this GPU and keep the faster ones; some minutes, mostly compiling."""
+    from dit_accel_kernels.tune.command import tune_command
+
+    try:
+        outcomes, path = tune_command(
+            head_dim, blocks, dtype, dry_run=dry_run, say=None if as_json else print, tokens=tokens, heads=heads
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _fail(error) from None
+    if as_json:
+        _print_json({"file": None if dry_run else str(path), "cases": outcomes})
+        return
+    table = _table("tiles", "case", "shipped, ms", "best, ms", "gain", "shape", "tried / failed")
+    for row in outcomes:
+        gain = f"{row['gain']:.2f} ×" if row["gain"] > 1 else "none"
+        counts = f"{row['tried']} / {row['failed']}"
+        table.add_row(row["case"], f"{row['default_ms']:.3f}", f"{row['best_ms']:.3f}", gain, row["shape"], counts)
+    Console().print(table)
+    print("nothing written (--dry-run)" if dry_run else f"written to {path}")
 
 
 def _register_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dit_accel.compensate import Compensation, make_compensation
+from dit_accel.pattern import PATTERNS
 from dit_accel.score import SCORES
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def check_combination(method: Method) -> None:
             f"select={method.select!r} cannot go with score={method.score!r}: it gathers keys itself, and those of further "
             "blocks would count twice; use select='insisted'"
         )
+    _check_precision(method, gathers)
     if not method.reuse:
         return
     if method.static:
@@ -51,4 +53,22 @@ def check_combination(method: Method) -> None:
         raise ValueError(
             f"compensate={method.compensate!r} cannot go with reuse={method.reuse}: it keeps what belongs to one layer, "
             "and followers have another's plan; use compensate='drop' or 'mean'"
+        )
+
+
+def _check_precision(method: Method, gathers: bool) -> None:
+    """Kernels on 8-bit operands know whole blocks and their means, nothing else; ``"auto"`` is 16-bit for the rest."""
+    if method.precision_rule.fixed is None:
+        return
+    what = ""
+    if method.is_geometric and PATTERNS.trait(method.score, "windows", False):
+        what = f"score={method.score!r}: it has token windows within blocks"
+    elif gathers:
+        what = f"score={method.score!r}: it gathers single keys"
+    elif method.has_levels:
+        what = f"select={method.select!r}: it gathers keys of a pyramid"
+    if what:
+        raise ValueError(
+            f"precision={method.precision!r} cannot go with {what}, which 8-bit attention does not have; use "
+            "precision='bf16'"
         )

@@ -17,6 +17,7 @@ from dit_accel_kernels.types import TokenOrder
 if TYPE_CHECKING:
     from dit_accel.method import Method
     from dit_accel.selection import Forced
+    from dit_accel.targets.control import Control
 
 __all__ = ["PlanContext", "valid_in_block_order"]
 
@@ -55,6 +56,7 @@ class PlanContext:
         key_order: token order of the keys and values, once chosen; the same as ``order`` unless content decides.
         candidate_levels: levels ``[1, N, Qb, Kb]`` of the pattern under each candidate order, on the device, where a head
             chooses the order of a pattern.
+        control: what gives each head its density, or ``None`` where all have :attr:`density`.
         cost: work done for the plan so far, in dense attentions of this layer; see :meth:`spend`.
     """
 
@@ -75,6 +77,7 @@ class PlanContext:
     order: TokenOrder | None = None
     key_order: TokenOrder | None = None
     candidate_levels: Tensor | None = None
+    control: Control | None = None
     cost: float = 0.0
 
     def spend(self, cost: float) -> None:

@@ -12,9 +12,11 @@ from dit_accel.geometry import TokenGeometry
 from dit_accel.masked import corrects_output, keeps_head_orders
 from dit_accel.method import Method
 from dit_accel.pattern import PATTERNS
+from dit_accel.precision import serving
 from dit_accel.static_plan import StaticPlan
 from dit_accel_kernels import choose_backend
 from dit_accel_kernels.backends import require_backend
+from dit_accel_kernels.quantize import Precision
 
 __all__ = ["Eligibility"]
 
@@ -32,6 +34,7 @@ class Eligibility:
     def __init__(self, method: Method, backend: str | None, min_tokens: int, static: StaticPlan | None) -> None:
         self.method, self.asked, self.min_tokens, self.static = method, backend, min_tokens, static
         self._backends: dict[tuple[Any, ...], tuple[str, str | None]] = {}
+        self._precisions: dict[tuple[Any, ...], tuple[str, Precision | None, str]] = {}
 
     def why_dense(
         self,
@@ -87,13 +90,7 @@ class Eligibility:
             ValueError: if the backend that was asked for cannot run here.
             RuntimeError: if it failed its self-test.
         """
-        need: dict[str, Any] = {
-            "device": query.device,
-            "dtype": query.dtype,
-            "head_dim": query.shape[-1],
-            "block_q": self.method.block_q,
-            "block_k": self.method.block_k,
-        }
+        need = self._need(query)
         key = tuple(need.values())
         if key not in self._backends:
             if self.asked is not None:
@@ -105,3 +102,46 @@ class Eligibility:
                 missing = f"no fast backend ({told})" if name == "reference" else None
                 self._backends[key] = (name, missing)
         return self._backends[key]
+
+    def _need(self, query: Tensor) -> dict[str, Any]:
+        """What a backend is chosen by."""
+        return {
+            "device": query.device,
+            "dtype": query.dtype,
+            "head_dim": query.shape[-1],
+            "block_q": self.method.block_q,
+            "block_k": self.method.block_k,
+        }
+
+    def precision(self, query: Tensor, backend: str) -> tuple[str, Precision | None, str]:
+        """Number formats of sparse calls of such queries, by name, and why ``"auto"`` found none.
+
+        Args:
+            query: its device, dtype and head size count.
+            backend: the 16-bit backend in force.
+
+        Returns:
+            ``"bf16"`` and ``None`` for 16 bits; the reason is empty unless ``precision="auto"`` found no kernel.
+
+        Raises:
+            ValueError: if the formats were named, and no kernel computes them here.
+        """
+        rule = self.method.precision_rule
+        if rule.wide:
+            return "bf16", None, ""
+        need = self._need(query)
+        key = (*need.values(), backend)
+        if key not in self._precisions:
+            named = ((rule.text, rule.fixed),) if rule.fixed is not None else rule.candidates
+            reasons = []
+            for name, precision in named:
+                reason = serving(precision, backend, **need)[1]
+                if reason is None:
+                    self._precisions[key] = (name, precision, "")
+                    return self._precisions[key]
+                reasons.append(f"{name}: {reason}")
+            told = "; ".join(reasons)
+            if rule.fixed is not None:
+                raise ValueError(f"precision={rule.text!r} cannot be used here, use 'bf16' or 'auto' ({told})")
+            self._precisions[key] = ("bf16", None, f"precision={rule.text!r} is 16 bit here ({told})")
+        return self._precisions[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +33,8 @@ class LayerStatus:
         density: work over dense work, all calls, planning and pooled keys included.
         head_density: exact share by head, mean over sparse calls.
         orders: token order of each head, where the heads chose.
+        precision: number formats of sparse calls.
+        wide_heads: heads that stayed in 16 bit where ``precision`` is narrower; of any guidance branch.
     """
 
     name: str
@@ -41,6 +43,8 @@ class LayerStatus:
     density: float = 1.0
     head_density: list[float] = field(default_factory=list)
     orders: list[str] = field(default_factory=list)
+    precision: str = "bf16"
+    wide_heads: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -94,6 +98,10 @@ class RunStatus:
             f"  density {self.density:.3f} over the run ({self.sparse_calls} of {self.calls} calls sparse at "
             f"{self.sparse_density:.3f}), {self.plans} plans in {self.plan_ms:.1f} ms, {self.cache_hits} reused",
         ]
+        narrow = sorted({layer.precision for layer in self.layers} - {"bf16"})
+        if narrow:
+            wide = sum(len(layer.wide_heads) for layer in self.layers)
+            lines.append(f"  precision {', '.join(narrow)}" + (f", {wide} heads in 16 bit" if wide else ""))
         lines += [f"  dense: {count} x {reason}" for reason, count in self.reasons.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -163,6 +171,7 @@ class Ledger:
         self.dense: dict[int, Counter[str]] = defaultdict(Counter)
         self.flags: list[tuple[str, Tensor]] = []
         self.orders: dict[int, tuple[tuple[str, ...], Tensor]] = {}
+        self.precisions: dict[int, tuple[str, frozenset[int]]] = {}
         self.cache_hits = 0
         self.timer = _Timer()
         self.backend = ""
@@ -181,6 +190,11 @@ class Ledger:
     def count_plan(self, step: int | None, layer: int, cost: float) -> None:
         """One plan, ``cost`` in dense attentions of the layer."""
         self.plans.append(_Planned(step, layer, cost))
+
+    def note_precision(self, layer: int, name: str, wide: Iterable[int] = ()) -> None:
+        """The number formats of a layer's sparse calls, and the heads that stay in 16 bit."""
+        known = self.precisions.get(layer, ("", frozenset[int]()))[1]
+        self.precisions[layer] = (name, known.union(wide))
 
     def warn_if_all_dense(self, model: str, meant: bool) -> None:
         """Say once, at the end of a run, that nothing was sparse although nobody asked for that."""
@@ -273,4 +287,7 @@ class Ledger:
         if index in self.orders:
             names, choice = self.orders[index]
             entry.orders = [names[i] for i in choice.tolist()]
+        if index in self.precisions:
+            entry.precision, wide = self.precisions[index]
+            entry.wide_heads = sorted(wide)
         return entry

@@ -30,8 +30,8 @@ __all__ = ["Folded", "corrects_output", "fill_blind", "folds", "keeps_head_order
 
 
 def corrects_output(compensation: Compensation) -> bool:
-    """Whether a compensation changes the output behind the softmax."""
-    return type(compensation).finish is not Compensation.finish
+    """Whether a compensation changes the output behind the softmax to what can neither be joined nor folded."""
+    return type(compensation).finish is not Compensation.finish and not compensation.separable
 
 
 def keeps_head_orders(method: Method) -> bool:

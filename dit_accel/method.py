@@ -17,6 +17,7 @@ from dit_accel.content import CONTENT_ORDERS
 from dit_accel.geometry import TokenGeometry
 from dit_accel.order import AXIS_ORDERS, ORDERS
 from dit_accel.pattern import PATTERNS
+from dit_accel.precision import PrecisionRule, parse_precision
 from dit_accel.reuse import Reuse, parse_reuse
 from dit_accel.score import SCORES
 from dit_accel.selection import SELECTIONS
@@ -85,6 +86,9 @@ class Method:
         stride: stride of the neighbourhood per axis (NATTEN's GNA).
         dilation: dilation of the neighbourhood per axis.
         causal: causal axes of the neighbourhood.
+        precision: number formats of exact blocks: ``"bf16"`` (the 16-bit type of the model), ``"int8"``, ``"int8_fp8"``,
+            ``"fp8"``, ``"int8_int8"``, ``"int4"`` and others of :data:`dit_accel_kernels.quantize.PRECISIONS`, or
+            ``"auto"``: each head by its measured error; see :func:`dit_accel.precision.parse_precision`.
         version: schema version.
     """
 
@@ -114,6 +118,7 @@ class Method:
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
+    precision: str = "bf16"
     version: int = METHOD_VERSION
 
     def __post_init__(self) -> None:
@@ -175,6 +180,7 @@ class Method:
         COMPENSATIONS.check(self.compensate, 0)
         make_compensation(self.compensate)
         parse_reuse(self.reuse)
+        parse_precision(self.precision)
         self.logit_factor(2)
         cross = parse_spec(self.cross_attention)
         ok = (cross.name == "live" and not cross.args) or (cross.name == "cached" and len(cross.args) <= 1)
@@ -240,8 +246,8 @@ class Method:
 
     @cached_property
     def is_dense(self) -> bool:
-        """Whether every block is kept, so that dense attention does the same."""
-        return not self.is_geometric and parse_spec(self.select).name == "all"
+        """Whether every block is kept in 16 bit, so that dense attention does the same."""
+        return not self.is_geometric and parse_spec(self.select).name == "all" and self.precision_rule.wide
 
     @cached_property
     def plans_from_data(self) -> bool:
@@ -282,6 +288,11 @@ class Method:
     def reuse_rules(self) -> Reuse:
         """:attr:`reuse`, parsed."""
         return parse_reuse(self.reuse)
+
+    @cached_property
+    def precision_rule(self) -> PrecisionRule:
+        """:attr:`precision`, parsed."""
+        return parse_precision(self.precision)
 
     @cached_property
     def content_order(self) -> str | None:
@@ -391,6 +402,8 @@ class Method:
         lines.append(f"  selection   {self.select}, density {self.density}")
         lines.append(f"  remainder   {self.compensate}")
         lines.append(f"  blocks      {self.block_q} x {self.block_k}")
+        if not self.precision_rule.wide:
+            lines.append(f"  precision   {self.precision}")
         lines.append(f"  schedule    warm-up {self.warmup:g}, end {self.end:g}, refresh {list(self.refresh)}")
         if self.reuse or self.dense_every:
             lines.append(f"  reuse       {', '.join(self.reuse) or 'none'}, dense every {self.dense_every}")

@@ -62,4 +62,5 @@ def pattern_plan(
         compensation=make_compensation(ctx.method.compensate),
         density=mask.density(),
         cost=0.0,
+        precision=ctx.method.precision_rule.fixed,
     )

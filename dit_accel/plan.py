@@ -12,7 +12,9 @@ from dit_accel.compensate import Compensation, SparseCall, make_compensation
 from dit_accel.context import valid_in_block_order
 from dit_accel.mask import BlockMask
 from dit_accel.masked import Folded, folds
+from dit_accel.precision import quantized_attention
 from dit_accel.score import Gather
+from dit_accel.share import HeadShare
 from dit_accel_kernels import (
     block_sparse_attention,
     block_stats,
@@ -20,6 +22,7 @@ from dit_accel_kernels import (
     permute_tokens,
 )
 from dit_accel_kernels.backends import run_backend
+from dit_accel_kernels.quantize import Precision
 from dit_accel_kernels.types import Pooled, TokenOrder, TokenWindows
 
 __all__ = ["Plan", "execute", "execute_with_lse"]
@@ -48,7 +51,11 @@ class Plan:
         finite: whether the scores were finite, a 0-dim bool on the device.
         recall: softmax mass that the mask keeps by its own scores, ``[B, H]``, or ``None``.
         bias: what :func:`execute` keeps of the pooled remainder between calls.
+        placement: which heads the plan has where a transformer is spread over processes, else ``None``.
         parts: one plan for each batch element, where orders depend on content; the rest of this plan then only counts.
+        precision: number formats of the exact blocks, ``None`` for 16 bit.
+        groups: heads, integers on the device, and a plan for each group of them, where their formats differ; the rest of
+            this plan then only counts.
     """
 
     mask: BlockMask
@@ -67,7 +74,16 @@ class Plan:
     finite: Tensor | None = None
     recall: Tensor | None = None
     bias: Tensor | None = None
+    placement: HeadShare | None = None
     parts: tuple[Plan, ...] = field(default=())
+    precision: Precision | None = None
+    groups: tuple[tuple[Tensor, Plan], ...] = field(default=())
+
+    @property
+    def leaves(self) -> tuple[Plan, ...]:
+        """The plans that are carried out: those of batch elements and groups of heads, or this one."""
+        below = self.parts or tuple(plan for _, plan in self.groups)
+        return tuple(leaf for plan in below for leaf in plan.leaves) if below else (self,)
 
     @property
     def compensate(self) -> bool:
@@ -152,12 +168,15 @@ def execute_with_lse(
     options: dict[str, Any] = {"scale": scale, "backend": backend, "want_lse": want_lse}
     if plan.parts:
         return _execute_parts(plan, query, key, value, key_valid=key_valid, **options)
+    if plan.groups:
+        return _execute_groups(plan, query, key, value, key_valid=key_valid, **options)
     if key_valid is not None and folds(plan):
         folded = Folded.of(plan, query, key, value, key_valid)
         return folded.unfold(*execute_with_lse(folded.plan, *folded.tensors, key_valid=folded.key_valid, **options))
     block = plan.mask.block_k
     valid = valid_in_block_order(key_valid, plan.key_order)
-    pooled = None
+    pooled = move_keys = None
+    ends = plan.compensation is _DROP or type(plan.compensation).finish is Compensation.finish
     if plan.compensate:
         if plan.key_order is not None:
             moved = permute_and_pool(key, value, plan.key_order, block=block, key_valid=valid)
@@ -167,11 +186,13 @@ def execute_with_lse(
             mean_v = block_stats(value, block=block, key_valid=valid).mean
         bits = plan.mask.bits if plan.seen_bits is None else plan.seen_bits
         pooled = Pooled(mean_k, mean_v, _pooled_bias(plan, count, key_valid), bits)
+    elif plan.precision is not None and ends:
+        move_keys = plan.key_order  # quantising moves them in the same pass
     elif plan.key_order is not None:
         key, value = permute_tokens(key, plan.key_order), permute_tokens(value, plan.key_order)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _run(plan, query, key, value, pooled, valid, factor, backend, want_lse)
-    if plan.compensation is _DROP or type(plan.compensation).finish is Compensation.finish:
+    out, lse = _run(plan, query, key, value, pooled, valid, factor, backend, want_lse, move_keys)
+    if ends:
         return out, lse
     return plan.compensation.finish(SparseCall(plan, query, key, value, valid, factor, pooled), out, lse), lse
 
@@ -186,9 +207,27 @@ def _run(
     scale: float,
     backend: str | None,
     want_lse: bool,
+    move_keys: TokenOrder | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch: output, and the log-sum-exp where it is wanted or the compensation needs it."""
     needs_lse = want_lse or plan.compensation.needs_lse
+    if plan.precision is not None:
+        if plan.windows is not None or plan.gather is not None:
+            raise ValueError(f"{plan.precision} must be None for a plan with token windows or gathered keys")
+        return quantized_attention(
+            query,
+            key,
+            value,
+            plan.mask.lists(),
+            plan.precision,
+            scale=scale,
+            order=plan.order,
+            move_keys=move_keys,
+            pooled=pooled,
+            key_valid=valid,
+            return_lse=needs_lse,
+            backend=backend,
+        )
     options: dict[str, Any] = {
         "order": plan.order,
         "pooled": pooled,
@@ -220,4 +259,19 @@ def _execute_parts(
         out[one], found = execute_with_lse(part, *tensors, key_valid=valid, want_lse=want_lse, **options)
         if lse is not None and found is not None:
             lse[one] = found
+    return out, lse
+
+
+def _execute_groups(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, *, want_lse: bool, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """One call for each group of heads."""
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if want_lse else None
+    for heads, group in plan.groups:
+        tensors = query.index_select(1, heads), key.index_select(1, heads), value.index_select(1, heads)
+        made, found = execute_with_lse(group, *tensors, want_lse=want_lse, **options)
+        out.index_copy_(1, heads, made)
+        if lse is not None and found is not None:
+            lse.index_copy_(1, heads, found)
     return out, lse

@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_accel.choice import CHOICES
 from dit_accel.compensate import make_compensation
 from dit_accel.content import CONTENT_ORDERS, ContentOrder
+from dit_accel.content_plan import plan_together, plans_together
 from dit_accel.context import PlanContext
 from dit_accel.geometry import TokenGeometry
 from dit_accel.mask import BlockMask
@@ -41,12 +42,19 @@ class _Layout:
         self.names, self.table = (method.order, None) if content else _candidates(method.order, geometry, device)
         self.moves_queries = self.moves_keys = self.table is not None
         self.method, self.geometry, self.device = method, geometry, device
+        self._forced: dict[tuple[bool, bool], Forced] = {}
         self.forced = self.forced_blocks(self.moves_queries, self.moves_keys)
         self.pattern_plans: dict[tuple[float | None, int, int], Plan] = {}
         self.pattern_levels: dict[tuple[float | None, int, int], tuple[Tensor, TokenWindows | None]] = {}
 
     def forced_blocks(self, moved_queries: bool, moved_keys: bool) -> Forced:
-        """Blocks with extra tokens, for orders that move queries or keys or leave them."""
+        """Blocks with extra tokens, for orders that move queries or keys or leave them; made once, on the device."""
+        key = (moved_queries, moved_keys)
+        if key not in self._forced:
+            self._forced[key] = self._make_forced(*key)
+        return self._forced[key]
+
+    def _make_forced(self, moved_queries: bool, moved_keys: bool) -> Forced:
         rows = extra_blocks(self.geometry, not moved_queries, self.method.block_q)
         cols = extra_blocks(self.geometry, not moved_keys, self.method.block_k)
         if self.method.static:  # PAROAttention forces the last block row and column
@@ -78,7 +86,13 @@ def _candidates(
 
 
 class Planner:
-    """Makes the plans of one method. Holds what all layers share, bounded by geometry."""
+    """Makes the plans of one method. Holds what all layers share, bounded by geometry.
+
+    Attributes:
+        together: whether batch elements with orders of their own may be planned as further heads of one.
+    """
+
+    together = True
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -177,6 +191,8 @@ class Planner:
         layout = self.layout(ctx.geometry, ctx.query.device)
         spec = self.method.content_order
         assert spec is not None
+        if self.together and ctx.key_valid is None and ctx.control is None and plans_together(self.method):
+            return plan_together(ctx, spec, layout.forced_blocks)
         parts = []
         for i in range(ctx.query.shape[0]):
             one = slice(i, i + 1)
@@ -203,11 +219,20 @@ class Planner:
     def _plan_by_scores(self, ctx: PlanContext, names: tuple[str, ...]) -> Plan:
         method = self.method
         scores = block_scores(ctx)
-        levels, capacity = select(method.select, scores.values, ctx.density, ctx.forced, insist=scores.insist)
+        levels, capacity = self._select(ctx, names, scores)
         plan = self._complete(ctx, names, levels, scores, capacity)
         make_compensation(method.compensate).settle(ctx, plan)
         plan.cost = ctx.cost
         return plan
+
+    def _select(self, ctx: PlanContext, names: tuple[str, ...], scores: Scores) -> tuple[Tensor, int | None]:
+        """Levels at the density of the run, or at those that a control gives each head."""
+        shares = None if ctx.control is None else ctx.control.shares(self, ctx, names, scores)
+        if shares is None:
+            return select(self.method.select, scores.values, ctx.density, ctx.forced, insist=scores.insist)
+        from dit_accel.targets.by_head import select_by_head  # what few use is loaded by these alone
+
+        return select_by_head(self.method.select, scores.values, shares, ctx.forced, insist=scores.insist)
 
     def _complete(
         self, ctx: PlanContext, names: tuple[str, ...], levels: Tensor, scores: Scores, capacity: int | None
@@ -236,6 +261,7 @@ class Planner:
             extra_work=compensation.work(ctx),
             finite=torch.isfinite(scores.values).all(),
             recall=(scores.values * exact).sum(-1).mean(-1) if scores.is_mass else None,
+            precision=method.precision_rule.fixed,
         )
 
     def _plan_by_pattern(self, ctx: PlanContext, layout: _Layout) -> Plan:
@@ -263,6 +289,7 @@ class Planner:
             cost=ctx.cost,
             state=compensation.prepare(ctx, levels),
             extra_work=compensation.work(ctx),
+            precision=self.method.precision_rule.fixed,
         )
         compensation.settle(ctx, plan)
         plan.cost = ctx.cost

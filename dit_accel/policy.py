@@ -79,6 +79,16 @@ class Policy:
         made = sum(s <= step.step for s in refreshes)
         return self.method.density_at(made / max(len(refreshes), 1))
 
+    def share_of(self, density: float, step: StepInfo) -> float:
+        """What a plan made at ``step`` gets of a mean ``density`` of all sparse steps, where it falls over the run.
+
+        A falling density of the method then only says how steep; what one plan cannot use, as it is dense already, is lost.
+        """
+        if not isinstance(self.method.density, tuple) or not step.steps:
+            return density
+        mean, own = _mean_density(self, step.steps), self.density(step)
+        return density if own is None or mean <= 0 else min(density * own / mean, 1.0)
+
     def dense_tail(self, step: StepInfo) -> bool:
         """Whether the call lies behind the method's end share."""
         if self.method.end >= 1:
@@ -197,7 +207,9 @@ class Policy:
             return step.step / step.steps
         return step.progress if step.progress is not None else 0.0
 
-    def sparse_density(self, run_density: float, steps: int, overhead: float = 0.0, planning: float = 0.0) -> float:
+    def sparse_density(
+        self, run_density: float, steps: int, overhead: float = 0.0, planning: float = 0.0, asked: float | None = None
+    ) -> float:
         """Density of sparse steps that gives ``run_density`` over a whole run of a layer.
 
         Args:
@@ -205,6 +217,7 @@ class Policy:
             steps: denoising steps.
             overhead: work of the pooled remainder on each sparse step.
             planning: work of all plans of the run, in dense steps.
+            asked: what to call ``run_density`` in the message, where other layers have taken part of it.
 
         Raises:
             ValueError: if what is dense and planned costs more.
@@ -213,11 +226,27 @@ class Policy:
         tried = plans if self.compares else 0  # such a plan computes its sparse output once, to compare
         density = (run_density * steps - dense - planning - overhead * sparse) / max(sparse + tried, 1)
         if not sparse or density <= 0:
+            wanted = run_density if asked is None else asked
             raise ValueError(
-                f"run_density={run_density:g} cannot be reached: {dense} of {steps} steps are dense, plans cost as much as "
+                f"run_density={wanted:g} cannot be reached: {dense} of {steps} steps are dense, plans cost as much as "
                 f"{planning:.2f} dense steps and the remainder {overhead:.3f} of each sparse one; lower warmup or raise it"
             )
         return min(density, 1.0)
+
+
+@lru_cache(maxsize=256)
+def _mean_density(policy: Policy, steps: int) -> float:
+    """Mean density of the sparse steps of a run under a density that falls from plan to plan."""
+    planned_at: int | None = None
+    current, found = 0.0, []
+    for i in range(steps):
+        step = StepInfo(step=i, steps=steps)
+        action = policy.action(step, planned_at is not None, planned_at)
+        if action in (Action.PLAN, Action.DENSE_AND_PLAN):
+            planned_at, current = i, policy.density(step) or 0.0
+        if action in (Action.PLAN, Action.SPARSE):
+            found.append(current)
+    return sum(found) / max(len(found), 1)
 
 
 @lru_cache(maxsize=256)

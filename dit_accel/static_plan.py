@@ -110,6 +110,7 @@ class StaticPlan:
                 compensation=make_compensation(self.method.compensate),
                 density=mask.density(),
                 cost=0.0,
+                precision=planner.method.precision_rule.fixed,
             )
         return self._plans[layer]
 

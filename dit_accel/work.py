@@ -76,5 +76,6 @@ class LayerRoles:
             beforehand = method.warmup > 0 or policy.dense_plans or method.reuse_rules.leaders_dense
             planning += 0.5 if policy.needs_lse and not beforehand else 0.0
             planning *= (len(self.planners) / sparse if self.leader else 1.0) / branches
-        pooled = 1 / method.block_k if make_compensation(method.compensate).pooled else 0.0
-        return policy.sparse_density(target, steps, pooled, planning)
+        compensation = make_compensation(method.compensate)
+        extra = compensation.known_work(method.block_q) + (1 / method.block_k if compensation.pooled else 0.0)
+        return policy.sparse_density(target, steps, extra, planning, asked=run_density)

@@ -18,14 +18,14 @@ HEAD = (
     + "|"
 )
 FAMILIES = {
-    "Ours": ("auto", "dense"),
+    "Ours": ("auto", "union", "dense"),
     "Static geometry": (
         *("na", "dina", "gna", "sta", "sta_search", "freeswim", "radial", "streaming", "power", "halo", "svg1"),
         "vertical_slash",
     ),
     "Scored blocks": (
-        *("adaspa", "paro", "xattn", "sparge", "sparge_topk", "asa", "subblock", "draft", "jenga", "proxy", "sale"),
-        *("anchor", "bra", "dhsa", "vmoba", "lite"),
+        *("adaspa", "paro", "paro_int8", "paro_int4", "xattn", "sparge", "sparge_topk", "asa", "subblock", "draft"),
+        *("jenga", "proxy", "sale", "anchor", "bra", "dhsa", "vmoba", "lite"),
     ),
     "Content order": ("pbs", "svg2", "routing"),
     "Compensation": ("psa", "llsa_lite", "sol", "pisa", "rectified", "agent", "residual"),

@@ -47,12 +47,16 @@ class Compensation:
     Attributes:
         pooled: whether each skipped block enters the softmax as one key, its mean, with ``+log(count)``.
         needs_lse: whether :meth:`finish` needs the log-sum-exp of the sparse call.
+        separable: whether what :meth:`finish` returns stands for attention over the keys of the call, head by head, so that
+            it can be joined with that of further keys and heads can be batch elements; as true of all that leave the
+            output alone.
         needs_dense: whether :meth:`settle` needs the output of dense attention, so that plans are made on dense steps.
     """
 
     pooled: bool = False
     needs_lse: bool = False
     needs_dense: bool = False
+    separable: bool = False
 
     def prepare(self, ctx: PlanContext, levels: Tensor) -> Any:
         """What to keep in the plan; called once when it is made, with levels uint8 ``[B, H, Qb, Kb]``."""
@@ -67,6 +71,10 @@ class Compensation:
 
     def work(self, ctx: PlanContext) -> float:
         """Work of a sparse call beyond blocks and pooled keys, as a share of dense attention."""
+        return self.known_work(ctx.block_q)
+
+    def known_work(self, block_q: int) -> float:
+        """The part of :meth:`work` that the block size decides, known before a run."""
         return 0.0
 
 

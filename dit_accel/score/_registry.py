@@ -54,6 +54,8 @@ SCORES: Registry[Scores | Tensor] = Registry("score")
 
 Traits: ``needs_lse`` (bool) for rules that need the log-sum-exp of dense attention; ``cost``, work in dense attentions that
 is known beforehand: a number or ``(method, geometry) -> float``. A rule counts what it has really done by ``ctx.spend``.
+``by_head`` (bool) for rules that score every head apart from the others, by queries, keys and the log-sum-exp alone, and
+gather nothing: several batch elements of a content order are then scored as further heads of one.
 """
 
 

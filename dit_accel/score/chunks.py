@@ -9,9 +9,11 @@ from torch.nn import functional as F
 from dit_accel.context import PlanContext
 from dit_accel.score._blocks import lowest_where
 from dit_accel.score._registry import SCORES, Scores
-from dit_accel_kernels.scores.reduce import CHUNK_ELEMENTS
 
 __all__ = ["chunk_ids"]
+
+_CHUNK = 1 << 25  # elements of keys at once
+_TINY = 1e-8
 
 
 @SCORES.register("chunks", paper="arXiv 2510.24606")
@@ -34,7 +36,7 @@ def chunks(ctx: PlanContext, length: int = 64, window: int = 16) -> Scores:
         raise ValueError(f"length and window must be at least 1 token, got {length=} and {window=}")
     tokens = ctx.key.shape[2]
     count = -(-tokens // length)
-    step = max(1, CHUNK_ELEMENTS // (ctx.key.shape[0] * tokens * ctx.key.shape[3]))
+    step = max(1, _CHUNK // (ctx.key.shape[0] * tokens * ctx.key.shape[3]))
     parts = []
     for queries, keys in zip(ctx.queries.split(step, 1), ctx.keys.split(step, 1), strict=True):
         valid = torch.ones(1, tokens, dtype=torch.bool, device=keys.device) if ctx.valid is None else ctx.valid
@@ -61,11 +63,10 @@ def chunk_ids(keys: Tensor, count: int, window: int) -> Tensor:
         int64 ``[B, H, S]``, chunk of each token, rising from 0.
     """
     tokens = keys.shape[2]
-    sums = F.pad(F.normalize(keys, dim=-1).cumsum(2), (0, 0, 1, 0))
-    here = torch.arange(tokens, device=keys.device)
-    before = sums[:, :, :-1] - sums[:, :, (here - window).clamp(min=0)]
-    after = sums[:, :, (here + window).clamp(max=tokens)] - sums[:, :, :-1]
-    change = -F.cosine_similarity(before, after, dim=-1)
+    runs = _run_sums(F.pad(F.normalize(keys, dim=-1), (0, 0, window, window)), window)
+    length = runs.norm(dim=-1).clamp(min=_TINY)
+    before, after = slice(0, tokens), slice(window, window + tokens)  # runs that end, and that begin, at a token
+    change = -(runs[:, :, before] * runs[:, :, after]).sum(-1) / (length[..., before] * length[..., after])
     change[..., 0] = -torch.inf  # where the first chunk starts anyway
     half = window // 2
     peak = F.max_pool1d(change, 2 * half + 1, stride=1, padding=half)
@@ -73,6 +74,23 @@ def chunk_ids(keys: Tensor, count: int, window: int) -> Tensor:
     best = change.topk(min(count - 1, tokens), dim=-1).indices
     starts = torch.zeros_like(change, dtype=torch.bool).scatter_(-1, best, True) & torch.isfinite(change)
     return starts.cumsum(-1)
+
+
+def _run_sums(x: Tensor, window: int) -> Tensor:
+    """Sums of ``window`` consecutive tokens, ``[B, H, S, D]`` to ``[B, H, S - window + 1, D]``.
+
+    From runs of 1, 2, 4, ... tokens: a cumulative sum over tokens goes through them one by one.
+    """
+    size, done, total, runs = 1, 0, None, x
+    count = x.shape[2] - window + 1
+    while True:
+        if window & size:
+            part = runs[:, :, done : done + count]
+            total, done = part if total is None else total + part, done + size
+        if done == window:
+            assert total is not None
+            return total
+        runs, size = runs[:, :, size:] + runs[:, :, :-size], 2 * size
 
 
 def _means(x: Tensor, ids: Tensor, valid: Tensor, count: int) -> Tensor:

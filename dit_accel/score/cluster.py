@@ -29,7 +29,8 @@ def mass_before(found: Clusters, scale: float, least: float) -> Tensor:
     The mass of a pair is the softmax over key clusters of ``scale * q . k + log(size)``. A pair is in the top ``p`` of its
     query cluster if its value is above ``1 - p``; the share ``least`` of best key clusters has the value 1.
     """
-    size = F.one_hot(found.key_label, found.key.shape[1]).sum(1).float()
+    ones = torch.ones_like(found.key_label, dtype=torch.float32)
+    size = found.key.new_zeros(found.key.shape[:2]).scatter_add_(1, found.key_label, ones)  # whole numbers: exact
     mass = (found.query @ found.key.mT * scale + size.log()[:, None]).softmax(-1)
     order = mass.argsort(dim=-1, descending=True, stable=True)
     ranked = mass.gather(-1, order)
@@ -44,30 +45,33 @@ def blocks_of_pairs(ctx: PlanContext, pairs: Tensor, found: Clusters) -> Tensor:
     Clusters do not end where blocks do; a block with any token of a chosen pair is chosen, so that nothing the paper
     computes is left out. Blocks without visual tokens get 0.
     """
-    heads = []
-    for head in range(pairs.shape[0]):
-        q_label = _in_blocks(found.query_label[head], ctx.order, head, ctx.geometry.visual, ctx.block_q, ctx.q_blocks)
-        k_label = _in_blocks(found.key_label[head], ctx.key_order, head, ctx.geometry.visual, ctx.block_k, ctx.k_blocks)
-        rows = _reduce(F.pad(pairs[head], (0, 1, 0, 1)), q_label)  # [Qb, Ck + 1]
-        heads.append(_reduce(rows.mT.contiguous(), k_label).mT)
-    return torch.stack(heads)[None]
+    padded = F.pad(pairs, (0, 1, 0, 1))
+    q_label = _in_blocks(found.query_label, ctx.order, ctx, ctx.block_q, ctx.q_blocks, pairs.shape[1])
+    k_label = _in_blocks(found.key_label, ctx.key_order, ctx, ctx.block_k, ctx.k_blocks, pairs.shape[2])
+    rows = _reduce(padded, q_label)  # [H, Qb, Ck + 1]
+    return _reduce(rows.mT, k_label).mT.contiguous()[None]
 
 
-def _in_blocks(label: Tensor, order: TokenOrder | None, head: int, visual: int, block: int, blocks: int) -> Tensor:
-    """Cluster of each token in block order, int64 ``[blocks, block]``; -1, the padded row, where none is."""
+def _in_blocks(
+    label: Tensor, order: TokenOrder | None, ctx: PlanContext, block: int, blocks: int, padding: int
+) -> Tensor:
+    """Cluster of each token in block order, int64 ``[H, blocks, block]``; ``padding`` where no visual token is."""
+    visual = ctx.geometry.visual
     if order is not None:  # visual tokens come first in every order that moves tokens
-        first = order.table[order.head.long()[head]][:visual].long()
-        label = label[first - first.min()]
-    return F.pad(label, (0, blocks * block - visual), value=-1).view(blocks, block)
+        label = label.gather(1, order.table[order.head.long(), :visual].long() - ctx.geometry.prefix)
+    return F.pad(label, (0, blocks * block - visual), value=padding).view(-1, blocks, block)
 
 
 def _reduce(values: Tensor, label: Tensor) -> Tensor:
-    """Largest ``values[label]`` over the tokens of each block, ``[blocks, C]``."""
-    each = max(_CHUNK // (label.shape[1] * values.shape[1]), 1)
-    return torch.cat([values[part].amax(1) for part in label.split(each)])
+    """Largest ``values[h, label]``, ``[H, A, C]``, over the tokens of each block: ``[H, blocks, C]``."""
+    heads, rows, width = values.shape
+    first = torch.arange(heads, device=label.device)[:, None, None] * rows
+    flat, place = values.reshape(heads * rows, width), (label + first).flatten(0, 1)
+    each = max(_CHUNK // (place.shape[1] * width), 1)
+    return torch.cat([flat[part].amax(1) for part in place.split(each)]).view(heads, -1, width)
 
 
-@SCORES.register("cluster", paper="arXiv 2505.18875", clusters=True)
+@SCORES.register("cluster", paper="arXiv 2505.18875", clusters=True, by_head=True)
 def cluster(ctx: PlanContext, least: float = 0.1) -> Scores:
     """One minus the mass before a pair of clusters, size-weighted; ``least`` of the key clusters are always kept.
 
@@ -84,7 +88,7 @@ def cluster(ctx: PlanContext, least: float = 0.1) -> Scores:
     return Scores(blocks_of_pairs(ctx, pairs, found))
 
 
-@SCORES.register("routed", paper="arXiv 2003.05997", clusters=True)
+@SCORES.register("routed", paper="arXiv 2003.05997", clusters=True, by_head=True)
 def routed(ctx: PlanContext) -> Scores:
     """One within a cluster, otherwise how alike the clusters are, below one: ``select="threshold:1"`` stays within."""
     found = _clusters(ctx, "routed")

@@ -13,7 +13,7 @@ def _cost(method: object, geometry: object) -> float:
     return float(0.5 / (q * k))
 
 
-@SCORES.register("mean_pool", paper="arXiv 2502.18137", cost=_cost)
+@SCORES.register("mean_pool", paper="arXiv 2502.18137", cost=_cost, by_head=True)
 def mean_pool(ctx: PlanContext) -> Scores:
     """Softmax over block means ``q_i . k_j * scale + log(count_j)``."""
     mean_q = ctx.query_stats.mean.float()

@@ -24,17 +24,23 @@ _SEARCH_STEPS = 20
 _ROUNDING = 1e-5
 
 
-def level_share(levels: Tensor, forced: Forced | None = None) -> Tensor:
-    """Work of levels over the work of all blocks, a 0-dim float32 tensor: a block of level ``n`` costs ``1/n``.
+def level_share(levels: Tensor, forced: Forced | None = None, parts: int = 1) -> Tensor:
+    """Work of levels over the work of all blocks, a float32 tensor: a block of level ``n`` costs ``1/n``.
 
     Args:
         levels: uint8 ``[B, H, Qb, Kb]``.
         forced: where it knows the sizes of blocks, a ragged last one counts by its tokens.
+        parts: into how many equal groups of heads to divide the only batch element.
+
+    Returns:
+        The share, 0-dim, or with several ``parts`` that of each, ``[parts]``.
     """
     work = torch.where(levels > 0, 1 / levels.float().clamp(min=1), 0.0)
     if forced is None or forced.row_size is None or forced.col_size is None:
-        return work.mean()
-    return ((work @ forced.col_size) @ forced.row_size).mean()
+        by_head = work.flatten(2).mean(-1)
+    else:
+        by_head = (work @ forced.col_size) @ forced.row_size
+    return by_head.mean() if parts == 1 else by_head.view(parts, -1).mean(-1)
 
 
 def select(
@@ -44,6 +50,7 @@ def select(
     forced: Forced,
     *,
     insist: Tensor | None = None,
+    parts: int = 1,
 ) -> tuple[Tensor, int | None]:
     """Choose blocks.
 
@@ -55,6 +62,8 @@ def select(
         density: share of the map to compute; ``None`` leaves it to the rule's own strength.
         forced: blocks that are exact whatever their score.
         insist: bool ``[B|1, H|1, Qb, Kb]``, further blocks that are exact.
+        parts: groups of heads of the only batch element, each of which meets the density by itself; for rules with the
+            trait ``by_head``.
 
     Returns:
         uint8 levels ``[B, H, Qb, Kb]``, and an upper bound of the chosen blocks if the host knows one.
@@ -71,6 +80,8 @@ def select(
         whole = whole | insist
 
     def keep(strength: Tensor | float) -> Tensor:
+        if isinstance(strength, Tensor) and strength.ndim:  # one for each part
+            strength = strength.repeat_interleave(scores.shape[1] // parts)[None, :, None, None]
         return made.keep(strength).masked_fill(whole, 1)
 
     if density is None:
@@ -82,7 +93,7 @@ def select(
         levels = keep(density)
         known = made.bound(density) if made.bound is not None else None
     else:
-        levels, known = _meet(made, keep, density, forced, scores.device), None
+        levels, known = _meet(made, keep, density, forced, scores.device, parts), None
     if SELECTIONS.trait(rule, "may_be_empty", False):
         levels = torch.where((levels > 0).any(-1, keepdim=True), levels, with_best(levels > 0, scores).to(torch.uint8))
     return levels, _with_forced(known, levels, forced, insist)
@@ -100,12 +111,14 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
-def _meet(rule: Rule, keep: Callable[[Tensor], Tensor], density: float, forced: Forced, device: torch.device) -> Tensor:
+def _meet(
+    rule: Rule, keep: Callable[[Tensor], Tensor], density: float, forced: Forced, device: torch.device, parts: int
+) -> Tensor:
     """Levels at the strength whose share comes nearest to ``density`` from below, by bisection on the device."""
     low, high = _scalar(rule.low, device), _scalar(rule.high, device)
     most = high
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
-        fits = level_share(keep(middle), forced) <= density
+        fits = level_share(keep(middle), forced, parts) <= density
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return keep(torch.where(level_share(keep(most), forced) <= density + _ROUNDING, most, low))
+    return keep(torch.where(level_share(keep(most), forced, parts) <= density + _ROUNDING, most, low))

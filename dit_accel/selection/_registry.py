@@ -71,4 +71,5 @@ SELECTIONS: Registry[Rule] = Registry("selection")
 hold infinity. The first value of a spec is the strength (``"top_p:0.9"``); without it a density decides.
 
 Traits: ``needs_mass`` (bool): forced columns keep their scores, since the rule adds scores up; ``levels`` (bool): it may
-give levels of a pyramid; ``may_be_empty`` (bool): rows that it and the forced blocks leave empty get their best block."""
+give levels of a pyramid; ``may_be_empty`` (bool): rows that it and the forced blocks leave empty get their best block;
+``by_head`` (bool): heads do not look at each other, and a strength of shape ``[1, H, 1, 1]`` will do."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.selection._registry import SELECTIONS, Forced, Rule
 
 
-@SELECTIONS.register("cdf", paper="arXiv 2502.18137", needs_mass=True)
+@SELECTIONS.register("cdf", paper="arXiv 2502.18137", needs_mass=True, by_head=True)
 def cdf(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each row whose sum does not exceed ``share`` of its mass, and at least the best one.
 

@@ -9,7 +9,7 @@ from dit_accel.selection._ranked import with_best
 from dit_accel.selection._registry import SELECTIONS, Forced, Rule
 
 
-@SELECTIONS.register("threshold")
+@SELECTIONS.register("threshold", by_head=True)
 def threshold(scores: Tensor, forced: Forced, least: float | None = None) -> Rule:
     """Blocks with a score of at least ``least``, and the best of each row."""
 

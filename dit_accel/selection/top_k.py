@@ -22,7 +22,7 @@ def _rule(levels: Callable[[float], Tensor], share: float | None, bound: Callabl
     return Rule(levels, strength=share, is_density=True, bound=bound)
 
 
-@SELECTIONS.register("top_k")
+@SELECTIONS.register("top_k", by_head=True)
 def top_k(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each row, as many in every row."""
     blocks, rows = scores.shape[-1], scores[..., 0].numel()

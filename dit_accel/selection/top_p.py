@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.selection._registry import SELECTIONS, Forced, Rule
 
 
-@SELECTIONS.register("top_p", needs_mass=True)
+@SELECTIONS.register("top_p", needs_mass=True, by_head=True)
 def top_p(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each row until they hold ``share`` of its mass, the one that crosses it included."""
     order = scores.argsort(dim=-1, descending=True, stable=True)

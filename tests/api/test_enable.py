@@ -223,7 +223,7 @@ def test_run_density_that_cannot_be_reached_is_said_at_once(pipe: Any, generate:
 
 def test_shared_branches_plan_once(pipe: Any, generate: Generate) -> None:
     dense = generate()
-    with dit_accel.enable(pipe, "auto", min_tokens=0, density=0.3, branches="shared") as handle:
+    with dit_accel.enable(pipe, "union", min_tokens=0, density=0.3, branches="shared") as handle:
         out = generate()
         status = handle.stats()["transformer"]
     assert status.plans == 2  # one per layer, by the conditional branch

@@ -18,7 +18,8 @@ from dit_accel.runtime import ModelRun
 
 #: Compositions of every kind of order and remainder; None is the model's own order.
 METHODS: dict[str, dict[str, object]] = {
-    "auto": {},  # an order for each head, skipped blocks as means
+    "union": {},  # an order for each head, skipped blocks as means
+    "auto": {},  # the same, corrected at mean queries behind the softmax
     "adaspa": {},
     "sol": {"order": "gilbert", "select": "top_k"},
     "pbs": {"select": "top_k"},  # keys of each head sorted by content
@@ -109,7 +110,7 @@ def _likeness(out: Tensor, tensors: Tensors, key_valid: Tensor | None) -> float:
 def test_a_mask_that_comes_and_goes() -> None:
     """The eraser masks some steps only: each kind of call has its own plan, and both are right."""
     tensors, valid = _tensors(VIDEO), _object_mask(VIDEO, 1)
-    run = _sparse_run("auto", 1.0)
+    run = _sparse_run("union", 1.0)
     for step, mask in enumerate((None, valid, valid, None)):
         out = _call(run, tensors, mask, VIDEO, step)
         torch.testing.assert_close(out, _oracle(tensors, mask), atol=3e-4, rtol=1e-3)
@@ -143,7 +144,7 @@ def test_queries_whose_keys_are_all_hidden_see_the_mean_value() -> None:
 def test_a_plan_made_without_the_mask_is_carried_out_under_it() -> None:
     """Orders of each head and a mask: every head needs the mask in its own order."""
     tensors = qkv(VIDEO, heads=3, batch=2)
-    plan = make_plan("auto", VIDEO, tensors, density=1.0)
+    plan = make_plan("union", VIDEO, tensors, density=1.0)
     assert plan.order is not None
     assert len(set(plan.order.head.tolist())) > 1, "the heads of this problem must choose differently"
     valid = _object_mask(VIDEO, 2)
@@ -159,7 +160,7 @@ def test_heads_share_an_order_only_where_visual_tokens_are_hidden() -> None:
     padding[:, -9:] = False
     heads = []
     for valid in (None, padding, _object_mask(geometry, 1)):
-        plan = make_plan("auto", geometry, tensors, key_valid=valid, density=0.4)
+        plan = make_plan("union", geometry, tensors, key_valid=valid, density=0.4)
         assert plan.order is not None
         heads.append(plan.order.head.tolist())
     assert heads[0] == heads[1]
@@ -323,6 +324,6 @@ def test_a_head_that_does_not_exist() -> None:
 
 def test_methods_of_this_file_are_what_they_say() -> None:
     """The cases above cover plans that fold, that share an order and that have none."""
-    assert get_method("auto").order_choice == "recall"
+    assert get_method("union").order_choice == "recall"
     assert get_method("pbs").content_order == "key_sort"
     assert get_method("psa").has_levels

@@ -14,6 +14,8 @@ from dit_accel.presets import get_method, load_methods
 NAMES = sorted(name for name, method in load_methods().items() if not method.is_dense)
 #: These answer to a density only in the steps that their geometry offers.
 COARSE = {name for name in NAMES if get_method(name).is_geometric}
+#: These are as near to dense attention as their number formats are; tests/precision says how near.
+NARROW = {name for name in NAMES if not get_method(name).precision_rule.wide}
 
 
 def _parts(plan: Plan) -> tuple[Plan, ...]:
@@ -36,14 +38,14 @@ def test_no_row_is_empty_and_text_is_exact(name: str, geometry: TokenGeometry) -
         torch.testing.assert_close(part.density, share)
     out = run(plan, tensors)
     assert torch.isfinite(out).all()
-    if geometry.extra and get_method(name).compensate != "residual":
+    if geometry.extra and get_method(name).compensate != "residual" and name not in NARROW:
         dense = F.scaled_dot_product_attention(*tensors)
         text = torch.ones(geometry.tokens, dtype=torch.bool)
         text[geometry.visual_slice] = False
         torch.testing.assert_close(out[:, :, text], dense[:, :, text], atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in COARSE])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in COARSE | NARROW])
 def test_density_one_is_dense(name: str) -> None:
     tensors = qkv(HUNYUAN)
     plan = make_plan(name, HUNYUAN, tensors, density=1.0)

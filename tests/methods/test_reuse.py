@@ -27,7 +27,7 @@ def _go(run: ModelRun, steps: int, **options: object) -> None:
 @pytest.mark.parametrize("score", ["mean_pool", "mass"])
 def test_every_plans_again_after_so_many_steps(every: int, warmup: float, score: str) -> None:
     run = make_run(
-        "auto", 1, order=("raster",), order_choice="fixed", score=score, warmup=warmup, reuse=f"every:{every}"
+        "union", 1, order=("raster",), order_choice="fixed", score=score, warmup=warmup, reuse=f"every:{every}"
     )
     _go(run, 10)
     first = 2 if warmup else 0
@@ -194,7 +194,7 @@ def test_leaders_that_do_not_exist() -> None:
 
 
 def test_followers_use_the_plan_of_their_leader() -> None:
-    run = make_run("auto", 4, order="axes", reuse=("every:2", "leaders:0x2"), density=0.3)
+    run = make_run("union", 4, order="axes", reuse=("every:2", "leaders:0x2"), density=0.3)
     _go(run, 8, branches=("cond", "uncond"))
     assert set(plan_steps(run)) == {0, 2}
     states = {key[:2] for key in run._states}
