@@ -1,0 +1,248 @@
+"""Whole denoising steps of full-size transformers: dense compiled with cuDNN attention against ours compiled.
+
+``python benchmarks/e2e.py`` takes about four minutes on one H200; ``--toy`` runs all of it on the CPU with tiny models.
+Weights are random, so speed and memory are those of the checkpoint and pictures are noise; how plans are made is told in
+each record (``plans``). A model may have fewer blocks than its checkpoint (``--layers``), which the record says; all blocks
+take the same time.
+
+Each model has a process of its own. All compile at once and pass the correctness gate; then they are timed one after the
+other, alone on the GPU. Share of attention ``f``: the kernels of self-attention in a profiled dense step over the time of
+a dense step. Ceiling: ``1 / (1 - f + f d)`` with ``d`` the work of a sparse step over that of dense attention.
+
+``torchrun --nproc-per-node 2 benchmarks/e2e.py --gpus 2`` compares dense and sparse context parallelism with one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _e2e_models import CASES, TOY, Case
+from _e2e_run import METHODS, PLANS, Subject, measure_case, warm
+from _timing import environment
+
+from dit_accel._files import write_whole
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def options() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=None, help=f"of {', '.join(CASES)}")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--density", type=float, default=0.2, help="exact share of the map on a sparse step")
+    parser.add_argument("--layers", type=int, nargs="*", default=None, help="blocks of each list, 0 for all")
+    parser.add_argument(
+        "--block", type=int, default=128, help="tokens in a block; 64 is what presets have, without wgmma"
+    )
+    parser.add_argument("--toy", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of torchrun, for context parallelism")
+    parser.add_argument("--out", type=Path, default=RESULTS / "e2e.json")
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=600.0,
+        help="seconds for everything; what is not compiled after 0.6 of them is left out",
+    )
+    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def layers_of(case: Case, asked: list[int] | None) -> tuple[int, ...]:
+    """Blocks of each list.
+
+    Raises:
+        ValueError: if not one number is given for each list, or more than there are.
+    """
+    if asked is None:
+        return case.some
+    if len(asked) != len(case.layers) or any(not 0 <= n <= most for n, most in zip(asked, case.layers, strict=False)):
+        raise ValueError(f"--layers of {case.name} must be {len(case.layers)} numbers up to {case.layers}, got {asked}")
+    return tuple(n or most for n, most in zip(asked, case.layers, strict=True))
+
+
+def subject_of(name: str, args: argparse.Namespace, device: torch.device) -> Subject:
+    """Build one model."""
+    case = {**CASES, **TOY}[name]
+    toy = name in TOY
+    dtype = torch.float32 if toy else torch.bfloat16
+    small: dict[str, Any] = {"block": 64, "compiler": "eager"} if toy else {"block": args.block}
+    return Subject(case, layers_of(case, args.layers), device, dtype, **small)
+
+
+def worker(args: argparse.Namespace) -> None:
+    """A process of one model: warm up, say so, wait for a line, measure, write one JSON line."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
+    subject = subject_of(args.worker, args, device)
+    subject.compile()
+    gate = warm(subject, args.density, args.methods)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    _say({"ready": args.worker})
+    sys.stdin.readline()
+    _say(measure_case(subject, args.density, args.methods, gate))
+
+
+def _say(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+
+
+class Worker:
+    """A process that measures one model; its JSON lines come through a queue, so that waiting for them can end.
+
+    Args:
+        command: how it is started.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                self._lines.put(json.loads(line))
+        self._lines.put(None)
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next record, ``None`` if there is none within so many seconds."""
+        try:
+            return self._lines.get(timeout=max(seconds, 0.1))
+        except queue.Empty:
+            return None
+
+    def go(self) -> None:
+        """Let it measure."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """End it and wait until its memory is free."""
+        self._process.kill()
+        self._process.wait()
+
+
+def run(names: list[str], args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure models, each in a process of its own; records, and what failed."""
+    began = time.monotonic()
+    command = [sys.executable, str(Path(__file__)), "--density", str(args.density), "--methods", *args.methods]
+    command += ["--toy"] if args.toy else ["--block", str(args.block)]
+    command += ["--layers", *map(str, args.layers)] if args.layers is not None else []
+    started = {name: Worker([*command, "--worker", name]) for name in names}
+    records: list[dict[str, Any]] = []
+
+    def left(share: float = 1.0) -> float:
+        return began + share * args.deadline - time.monotonic()
+
+    try:
+        ready = []
+        for name, process in started.items():
+            if process.answer(left(0.6)) is None:
+                process.stop()  # it must not disturb the others
+            else:
+                ready.append(name)
+        sys.stderr.write(f"{', '.join(ready)} ready after {time.monotonic() - began:.0f} s\n")
+        for name in ready:
+            started[name].go()
+            found = started[name].answer(left())
+            started[name].stop()
+            if found is not None:
+                records.append({"case": name, **found})
+                sys.stderr.write(f"{name} done after {time.monotonic() - began:.0f} s\n")
+                args.out.with_suffix(".part").write_text(json.dumps(records), encoding="utf-8")
+    finally:
+        for process in started.values():
+            process.stop()
+        args.out.with_suffix(".part").unlink(missing_ok=True)
+    measured = {record["case"] for record in records}
+    return records, [name for name in names if name not in measured]
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Append a record to the JSON list, and its rows to the CSV beside it."""
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_whole(path, (json.dumps([*records, record], indent=1) + "\n").encode())
+    table = path.with_suffix(".csv")
+    new = not table.exists()
+    with table.open("a", newline="", encoding="utf-8") as file:
+        rows = [row for case in record["cases"] for row in _rows(case, record)]
+        if rows:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def _rows(case: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
+    shared = {key: case[key] for key in ("name", "tokens", "batch")}
+    shared["layers"] = "+".join(map(str, case["layers"])) + " of " + "+".join(map(str, case["of_layers"]))
+    rows = []
+    for method, row in case["methods"].items():
+        numbers = {"dense_ms": case["dense_ms"], "attention_share": case["attention_share"], **row}
+        kept = ("dense_ms", "attention_share", "density", "step_ms", "speedup", "ceiling", "of_ceiling")
+        kept += ("planning_step_ms", "peak_gib", "peak_ratio")
+        rounded = {key: f"{numbers[key]:.4g}" for key in kept}
+        rows.append({**shared, "method": method, "backend": row["backend"], **rounded, **_where(record)})
+    return rows
+
+
+def _where(record: dict[str, Any]) -> dict[str, str]:
+    return {key: record[key] for key in ("gpu", "torch", "triton", "commit", "date")}
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was found, as text."""
+    head = f"{'':26s}{'layers':>9s} {'method':>7s} {'backend':>9s} {'dense ms':>9s} {'f':>6s} {'d':>6s} {'ms':>9s} "
+    lines = [head + f"{'x':>6s} {'ceiling':>8s} {'of it':>6s} {'plan ms':>9s} {'peak':>6s} {'x peak':>6s} {'gate':>8s}"]
+    for case in record["cases"]:
+        layers = "+".join(map(str, case["layers"]))
+        for method, row in case["methods"].items():
+            lines.append(
+                f"{case['name']:26s}{layers:>9s} {method:>7s} {row['backend']:>9s} {case['dense_ms']:9.1f} "
+                f"{case['attention_share']:6.3f} {row['density']:6.3f} {row['step_ms']:9.1f} {row['speedup']:6.2f} "
+                f"{row['ceiling']:8.2f} {row['of_ceiling']:6.3f} {row['planning_step_ms']:9.1f} {row['peak_gib']:6.1f} "
+                f"{row['peak_ratio']:6.3f} {case['gate'][method]['kept']:8.1e}"
+            )
+    lines += [f"not measured: {name}" for name in record["failed"]]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run what was asked for."""
+    args = options()
+    if args.worker is not None:
+        worker(args)
+        return 0
+    if args.gpus > 1:
+        from _e2e_gpus import main as on_several
+
+        return on_several(args)
+    names = args.cases or (list(TOY) if args.toy else list(CASES)[:5])
+    unknown = [name for name in names if name not in {**CASES, **TOY}]
+    if unknown:
+        raise ValueError(f"--cases must be of {', '.join({**CASES, **TOY})}, got {', '.join(unknown)}")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
+    records, failed = run(names, args)
+    record: dict[str, Any] = {**environment(device), "density": args.density, "plans": PLANS, "failed": failed}
+    record["cases"] = records
+    write(args.out, record)
+    sys.stdout.write(table(record) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

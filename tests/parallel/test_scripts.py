@@ -1,0 +1,71 @@
+"""The example and the benchmark run as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments: str, processes: int = 1, cwd: Path) -> str:
+    """Run a script with this checkout's packages; its output."""
+    roots = [str(ROOT / part) for part in ("", "kernels", "patches", "eval")]
+    path = os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DIT_ACCEL_BACKEND": "cpu"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=cwd, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["context", "data"])
+def test_example_on_two_processes(tmp_path: Path, mode: str) -> None:
+    pytest.importorskip("cv2")
+    sizes = ["--frames", "9", "--size", "64", "--steps", "3", "--min-tokens", "0", "--count", "2"]
+    script = str(ROOT / "examples" / "multi_gpu.py")
+    told = start(script, "--mode", mode, "--out", str(tmp_path / "out"), *sizes, processes=2, cwd=tmp_path)
+    clips = sorted(path.name for path in (tmp_path / "out").glob("*.mp4"))
+    assert clips == (["context.mp4"] if mode == "context" else ["000.mp4", "001.mp4"])
+    assert "density" in told
+    assert "0 of" not in told
+
+
+@pytest.mark.slow
+def test_benchmark_at_toy_size(tmp_path: Path) -> None:
+    script, out = str(ROOT / "benchmarks" / "e2e.py"), tmp_path / "e2e.json"
+    told = start(script, "--toy", "--cases", "toy-hunyuan", "--out", str(out), cwd=tmp_path)
+    record = json.loads(out.read_text())[-1]
+    assert not record["failed"]
+    assert {case["name"] for case in record["cases"]} == {"toy HunyuanVideo"}
+    for case in record["cases"]:
+        assert case["name"] in told
+        assert 0 < case["attention_share"] < 1
+        for row in case["methods"].values():
+            assert row["density"] < 0.5
+            assert row["speedup"] == pytest.approx(case["dense_ms"] / row["step_ms"])
+            assert row["ceiling"] > 1
+            assert set(row["reasons"]) == set()
+    assert out.with_suffix(".csv").read_text().count("toy HunyuanVideo") == 2
+
+
+@pytest.mark.slow
+def test_benchmark_on_two_processes(tmp_path: Path) -> None:
+    script, out = str(ROOT / "benchmarks" / "e2e.py"), tmp_path / "e2e.json"
+    start(script, "--toy", "--gpus", "2", "--out", str(out), processes=2, cwd=tmp_path)
+    found = json.loads(out.read_text())[-1]["context_parallel"]
+    assert found["error_against_one"]["dense"] < 1e-5
+    assert found["error_against_one"]["sparse"] < 1e-5
+    assert found["one"]["density"] == pytest.approx(found["several"]["density"])
