@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from dit_accel_patches.handles import LayerHandle, current
 from dit_accel_patches.op import attend, set_dense_call
@@ -36,25 +37,33 @@ def ensure_registered() -> Any:
         names._member_names_.append(member._name_)
         names._value2member_map_[BACKEND] = member
     if member not in registry._backends:
-        # Context parallel is declared because diffusers refuses to enable it otherwise; such calls go to the
-        # user's backend, which must support it itself.
+        # Context parallel is declared because diffusers refuses to enable it otherwise; the operator exchanges tokens
+        # and heads itself. Calls that it cannot serve go to the user's backend, which must support it itself.
         registry.register(member, constraints=[], supports_context_parallel=True)(_backend)
     set_dense_call(_dense_call)
     return member
 
 
-def why_eager_only(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout_p: float, parallel_config: Any = None
-) -> str | None:
+def why_eager_only(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout_p: float) -> str | None:
     """Reason for which a call cannot go through the operator at all, or ``None``."""
-    if parallel_config is not None:
-        return "context parallelism"
     if mask is not None and not isinstance(mask, Tensor):
         return f"attention mask of type {type(mask).__name__}"
     if dropout_p:
         return f"attention dropout {dropout_p}"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "gradients are recorded"
+    return _why_not_seen()
+
+
+def _why_not_seen() -> str | None:
+    """Reason for which ``F.scaled_dot_product_attention`` has to be called by that name: somebody waits for it.
+
+    diffusers skips the scores of a layer that way, for guidance by perturbed attention.
+    """
+    for place in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(place)
+        if not isinstance(mode, DeviceContext):  # which stands there for a default device
+            return f"{type(mode).__name__} takes the place of scaled_dot_product_attention"
     return None
 
 
@@ -72,9 +81,10 @@ def _backend(
 ) -> Any:
     handle = current()
     if handle is not None:
-        reason = why_eager_only(query, key, value, attn_mask, dropout_p, _parallel_config)
+        reason = why_eager_only(query, key, value, attn_mask, dropout_p)
         if reason is None and not return_lse:
-            return attend(query, key, value, handle.layer, attn_mask, scale, is_causal, enable_gqa)
+            spread = _parallel_config is not None
+            return attend(query, key, value, handle.layer, attn_mask, scale, is_causal, enable_gqa, spread)
         # A traced graph has no place for the call; there the reason is known to the forward call already.
         if not torch.compiler.is_compiling():
             handle.state.run.decline(handle.index, reason or "the caller wants the log-sum-exp")
@@ -121,6 +131,7 @@ def _dense_call(
     scale: float | None,
     causal: bool,
     gqa: bool,
+    parallel_config: Any,
 ) -> Tensor:
     if handle is not None and handle.sdpa:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -129,6 +140,13 @@ def _dense_call(
         )
         return out.transpose(1, 2)
     result: Tensor = _users_backend(handle)(
-        query=query, key=key, value=value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=gqa,
+        _parallel_config=parallel_config,
     )
     return result

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dit_accel.adapter import StepInfo
 from dit_accel.geometry import TokenGeometry
 from dit_accel_patches.arguments import argument
+from dit_accel_patches.callers import calling_pipeline
 
 __all__ = ["Clock"]
 
@@ -52,6 +53,7 @@ class Clock:
 
     def __init__(self, pipe: Any | None = None) -> None:
         self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self._caller: weakref.ref[Any] | None = None
         self._last: _Last | None = None
         self._first: int | None = None
         self._opening: set[str] = set()
@@ -84,7 +86,7 @@ class Clock:
         if step is not None:
             now.source = "context"
         else:
-            step, steps, now.schedule = self._from_scheduler(timestep)
+            step, steps, now.schedule = self._from_scheduler(module, timestep)
             now.source = "scheduler" if step is not None else "timestep"
         if step is None:
             timestep = now.timestep = _to_float(raw, wait=True)
@@ -106,26 +108,19 @@ class Clock:
         info = StepInfo(now.step, steps, progress, str(branch), timestep, now.source)
         return info, fresh
 
-    def _from_scheduler(self, timestep: float | None) -> tuple[int | None, int | None, Any]:
+    def _from_scheduler(self, module: nn.Module, timestep: float | None) -> tuple[int | None, int | None, Any]:
         """Step, number of steps and the schedule of the pipeline's scheduler, where they are about this call."""
         pipe = self._pipe() if self._pipe is not None else None
-        scheduler: Any = getattr(pipe, "scheduler", None)
-        schedule = getattr(scheduler, "timesteps", None)
-        if not isinstance(schedule, Tensor) or not hasattr(scheduler, "step_index"):
+        if pipe is None:
             return None, None, None
-        # A pipeline outside its loop has nothing to say about a call that somebody else makes.
-        loop = getattr(pipe, "_current_timestep", _MISSING)
-        if loop is None:
-            return None, None, None
-        told = _to_float(loop, wait=False)
-        if told is not None and timestep is not None and not _same(told, timestep):
-            return None, None, None
-        step = scheduler.step_index
-        if step is None:
-            step = getattr(scheduler, "begin_index", None) or 0
-        if not isinstance(step, int) or not 0 <= step < len(schedule):
-            return None, None, None
-        return step, len(schedule), weakref.ref(schedule)
+        if not _in_loop(pipe):
+            # Another pipeline may share the transformer, as `from_pipe` makes them.
+            other = self._caller() if self._caller is not None else None
+            if other is None or not _in_loop(other):
+                other = calling_pipeline(module)
+                self._caller = None if other is None else weakref.ref(other)
+            pipe = other
+        return _told_by(pipe, timestep)
 
     def _begins_run(self, now: _Last, name: str | None) -> bool:
         if self._differs_in_run(now):
@@ -152,10 +147,9 @@ class Clock:
             return True
         if now.source != last.source:
             return False
-        if now.source == "scheduler":
-            if last.schedule is not None and last.schedule() is not now.schedule():
-                return True
-        elif now.source == "timestep":
+        if last.schedule is not None and now.schedule is not None and last.schedule() is not now.schedule():
+            return True
+        if now.source == "timestep":
             return now.timestep is not None and last.timestep is not None and now.timestep > last.timestep
         return now.step is not None and last.step is not None and now.step < last.step
 
@@ -180,6 +174,33 @@ class Clock:
         else:
             return None
         return min(max(value, 0.0), math.nextafter(1.0, 0.0))
+
+
+def _in_loop(pipe: Any) -> bool:
+    """Whether a pipeline is denoising, as far as it says so."""
+    loop = getattr(pipe, "_current_timestep", _MISSING)
+    return not (loop is None or (loop is _MISSING and hasattr(type(pipe), "current_timestep")))
+
+
+def _told_by(pipe: Any, timestep: float | None) -> tuple[int | None, int | None, Any]:
+    """Step, number of steps and schedule of a pipeline, the first two ``None`` where they are not about this call."""
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    schedule = getattr(scheduler, "timesteps", None)
+    # A pipeline outside its loop has nothing to say about a call that somebody else makes.
+    if not isinstance(schedule, Tensor) or not _in_loop(pipe):
+        return None, None, None
+    told = _to_float(getattr(pipe, "_current_timestep", None), wait=False)
+    if told is not None and timestep is not None and not _same(told, timestep):
+        return None, None, None
+    made = weakref.ref(schedule)
+    if not hasattr(scheduler, "step_index"):
+        return None, None, made  # DDIM and others do not count, but each run has a schedule of its own
+    step = scheduler.step_index
+    if step is None:
+        step = getattr(scheduler, "begin_index", None) or 0
+    if not isinstance(step, int) or not 0 <= step < len(schedule):
+        return None, None, None
+    return step, len(schedule), made
 
 
 def _from_context(context: Any) -> tuple[int | None, int | None]:

@@ -15,6 +15,7 @@ import torch
 
 from dit_accel.adapter import AttentionRun
 from dit_accel_patches.calls import CallRule
+from dit_accel_patches.parallel import Spread
 
 __all__ = ["ForwardState", "LayerHandle", "current", "enter", "find", "leave"]
 
@@ -27,6 +28,7 @@ class ForwardState:
         thread: the thread inside a forward call of the transformer, ``None`` between calls.
         rule: what the calls of this transformer need, ``None`` for nothing.
         row: the query whose row of a mask ``[B, 1, S, S]`` says which keys are valid, ``None`` where there is none.
+        spread: how the transformer is spread over processes, ``None`` where it is not.
     """
 
     def __init__(self, run: AttentionRun, rule: CallRule | None = None) -> None:
@@ -34,6 +36,7 @@ class ForwardState:
         self.thread: threading.Thread | None = None
         self.rule = rule
         self.row: int | None = None
+        self.spread: Spread | None = None
 
 
 class LayerHandle:

@@ -19,12 +19,14 @@ from dit_accel.adapter import Adapter, AttentionRun
 from dit_accel.geometry import TokenGeometry
 from dit_accel.logging import get_logger
 from dit_accel_patches.backend import ensure_registered
+from dit_accel_patches.callers import whereabouts
 from dit_accel_patches.calls import make_rule
 from dit_accel_patches.clock import Clock
 from dit_accel_patches.context import add_hook, remove_hook
 from dit_accel_patches.cross import CrossLayers, clean
 from dit_accel_patches.handles import ForwardState
 from dit_accel_patches.layers import Layer, find_layers
+from dit_accel_patches.parallel import update
 
 __all__ = ["Installation", "install"]
 
@@ -81,6 +83,7 @@ class Installation:
         self._clock = Clock(pipe)
         self._warned: set[str] = set()
         self._lock = threading.Lock()
+        self._runner: threading.Thread | None = None
         self._used = False
         member = ensure_registered()
         self._records = [Layer(path, layer, index, self._state, member) for index, (path, layer) in enumerate(found)]
@@ -135,9 +138,14 @@ class Installation:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start of a forward call of the transformer."""
-        self._claim()
+        if self._claim(module):
+            self.end_run(keep_turn=True)
         self.check()
         geometry = self._geometry(module, args, kwargs)
+        places = (module, getattr(module.get_submodule(self.layers[0]), "processor", None))
+        self._state.spread = update(self._state.spread, places, module, args, kwargs, geometry)
+        if self._state.spread is None and getattr(self.run, "share", None) is not None:
+            self.run.spread(None)  # type: ignore[attr-defined]  # runs that know of several processes
         step, fresh = self._clock.tick(module, args, kwargs, self._hook.context, geometry)
         if fresh:
             self._forget_run()
@@ -152,13 +160,18 @@ class Installation:
             if record.skipped is not None:
                 self.run.decline(record.index, record.skipped)
 
-    def end(self) -> None:
-        """End of a forward call, also of one that raised."""
-        if self._state.thread is threading.current_thread():
-            self._state.thread = None
+    def end(self, *, cut: bool) -> None:
+        """End of a forward call; ``cut`` says that it raised, and with it its run."""
+        if self._state.thread is not threading.current_thread():
+            return
+        self._state.thread = None
+        if cut:
+            self.end_run()
 
-    def end_run(self) -> None:
-        """The pipeline is done: free what belongs to its run, and begin the next call from step 0."""
+    def end_run(self, *, keep_turn: bool = False) -> None:
+        """The run is over: free what belongs to it, and begin the next call from step 0."""
+        if not keep_turn:
+            self._runner = None
         self._clock.reset()
         self._forget_run()
 
@@ -169,16 +182,24 @@ class Installation:
             if self._state.rule is not None:
                 self._state.rule.forget()
 
-    def _claim(self) -> None:
-        """Mark the transformer as busy: a run is one denoising loop, and two at once would mix their steps."""
+    def _claim(self, module: nn.Module) -> bool:
+        """Mark the transformer as busy: a run is one denoising loop, and two at once would mix their steps.
+
+        Returns whether the call before was cut short without a word, as Ctrl-C does.
+        """
         with self._lock:
-            owner, here = self._state.thread, threading.current_thread()
-            if owner is not None and owner is not here and owner.is_alive():
+            claimed, here = self._state.thread, threading.current_thread()
+            other = claimed or self._runner
+            place = None
+            if other is not None and other is not here:
+                place = whereabouts(other, module, claimed=claimed is not None)
+            if other is not None and place is not None:
                 raise RuntimeError(
-                    f"thread {here.name} called a transformer that dit_accel accelerates while thread {owner.name} "
-                    "is inside it; run them one after the other or give each thread a transformer of its own"
+                    f"thread {here.name} called a transformer that dit_accel accelerates while thread {other.name} "
+                    f"is {place}; run them one after the other or give each thread a transformer of its own"
                 )
-            self._state.thread = here
+            self._state.thread = self._runner = here
+            return claimed is not None
 
     def _geometry(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenGeometry | str:
         try:
@@ -218,7 +239,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     installation = module.__dict__.get(_KEY)
     if isinstance(installation, Installation):
-        installation.end()
+        installation.end(cut=output is None)
 
 
 def _end_of_run(module: nn.Module) -> None:

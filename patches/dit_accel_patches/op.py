@@ -17,14 +17,15 @@ from dit_accel_patches.handles import LayerHandle, find
 
 __all__ = ["DenseCall", "attend", "set_dense_call"]
 
-#: Dense attention of a layer: ``(handle, q, k, v, mask, scale, causal, gqa) -> out``, all ``[B, S, H, D]``.
+#: Dense attention of a layer: ``(handle, q, k, v, mask, scale, causal, gqa, parallel_config) -> out``, all
+#: ``[B, S, H, D]``; diffusers' parallel configuration where the call is one process's part of a sequence.
 DenseCall = Callable[
-    ["LayerHandle | None", Tensor, Tensor, Tensor, "Tensor | None", "float | None", bool, bool], Tensor
+    ["LayerHandle | None", Tensor, Tensor, Tensor, "Tensor | None", "float | None", bool, bool, Any], Tensor
 ]
 
 _SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor layer, Tensor? mask, float? scale, bool causal, bool gqa)"
-    " -> Tensor"
+    "(Tensor query, Tensor key, Tensor value, Tensor layer, Tensor? mask, float? scale, bool causal, bool gqa,"
+    " bool spread=False) -> Tensor"
 )
 _dense_call: DenseCall | None = None
 
@@ -44,24 +45,61 @@ def _attend(
     scale: float | None,
     causal: bool,
     gqa: bool,
+    spread: bool = False,
 ) -> Tensor:
-    call = _dense_call
-    if call is None:
-        raise RuntimeError("dit_accel::attend was called before dit_accel_patches registered its backend")
     handle = find(int(layer))
+    found = None if handle is None else handle.state.spread
+    if not spread and handle is not None and found is not None:
+        handle.state.run.decline(handle.index, "context parallelism: this attention is not spread over the processes")
+        return _as_promised(_registered()(handle, query, key, value, mask, scale, causal, gqa, None), query)
+    if not spread:
+        return _as_promised(_here(handle, query, key, value, mask, scale, causal, gqa), query)
+    if handle is None or found is None:
+        raise RuntimeError("context parallel attention was called outside a forward call of its transformer")
+    config = found.config
+
+    def here(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> Tensor:
+        return _here(handle, q, k, v, m, scale, causal, gqa)
+
+    def as_is(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> Tensor:
+        return _registered()(handle, q, k, v, m, scale, causal, gqa, config)
+
+    return _as_promised(found.attend(query, key, value, mask, handle, here, as_is), query)
+
+
+def _registered() -> DenseCall:
+    if _dense_call is None:
+        raise RuntimeError("dit_accel::attend was called before dit_accel_patches registered its backend")
+    return _dense_call
+
+
+def _here(
+    handle: LayerHandle | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    gqa: bool,
+) -> Tensor:
+    """Attention on a whole sequence."""
+    call = _registered()
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return call(handle, q, k, v, mask, scale, causal, gqa)
+        return call(handle, q, k, v, mask, scale, causal, gqa, None)
 
     if handle is None:
-        return _as_promised(dense(query, key, value), query)
+        return dense(query, key, value)
     run = handle.state.run
     reason, key_valid = _why_not(handle, query, key, value, mask, causal, gqa)
     if reason is not None:
         run.decline(handle.index, reason)
         out = dense(query, key, value)
-        blended = getattr(run, "blended", None) if handle.state.thread is not None else None
-        return _as_promised(out if blended is None else blended(out, value, handle.index), query)
+        # What is spread over processes is blended when the heads are together again.
+        blends = handle.state.thread is not None and handle.state.spread is None
+        blended = getattr(run, "blended", None) if blends else None
+        return out if blended is None else blended(out, value, handle.index)
     rule = handle.state.rule
     if rule is None:
         out = run.attend(query, key, value, layer=handle.index, scale=scale, key_valid=key_valid, dense=dense)
@@ -69,7 +107,7 @@ def _attend(
         out = rule.attend(run, Call(handle.index, query, key, value, scale, key_valid, dense))
     if out.shape != query.shape:
         raise RuntimeError(f"attend() of layer {handle.index} must return {tuple(query.shape)}, got {tuple(out.shape)}")
-    return _as_promised(out, query)
+    return out
 
 
 def _as_promised(out: Tensor, query: Tensor) -> Tensor:
@@ -86,12 +124,16 @@ def _attend_fake(
     scale: float | None,
     causal: bool,
     gqa: bool,
+    spread: bool = False,
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-_op = torch.library.custom_op("dit_accel::attend", _attend, mutates_args=(), schema=_SCHEMA)
-_op.register_fake(_attend_fake)
+# Not torch.library.custom_op: what that puts around a call in Python costs 9 microseconds of 12, each time.
+_library = torch.library.Library("dit_accel", "FRAGMENT")
+_library.define("attend" + _SCHEMA)
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("dit_accel::attend", _attend_fake, lib=_library)
 
 
 def attend(
@@ -103,9 +145,24 @@ def attend(
     scale: float | None,
     causal: bool,
     gqa: bool,
+    spread: bool = False,
 ) -> Tensor:
-    """Attention of one layer, ``[B, S, H, D]`` in and out; ``layer`` is :attr:`LayerHandle.layer`."""
-    return cast(Tensor, cast(Any, torch.ops.dit_accel.attend)(query, key, value, layer, mask, scale, causal, gqa))
+    """Attention of one layer, ``[B, S, H, D]`` in and out; ``layer`` is :attr:`LayerHandle.layer`.
+
+    With ``spread`` the tokens are this process's part of a sequence; see :mod:`dit_accel_patches.parallel`.
+    """
+    call = cast(Any, torch.ops.dit_accel.attend) if _recorded(query) else _attend
+    return cast(Tensor, call(query, key, value, layer, mask, scale, causal, gqa, spread))
+
+
+def _recorded(query: Tensor) -> bool:
+    """Whether somebody writes down what is computed, or only its shapes: a compiler, a mode, a kind of tensor.
+
+    Nobody else needs an operator, whose way from Python to Python costs the host as much as all that we decide.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return type(query) is not Tensor or query.is_meta
 
 
 def _why_not(

@@ -88,27 +88,3 @@ def test_attention_backend_context_manager_reaches_the_dense_calls(wan, make_run
     install(wan.model, WAN, make_run())
     with attention_backend("_native_math"):
         assert torch.equal(wan(), expected)
-
-
-def test_context_parallel_goes_to_the_users_backend(wan, make_run, monkeypatch):
-    """Two processes are not needed to see where the call goes: the user's backend gets the configuration."""
-    registry, names = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName
-    seen = []
-    original = registry._backends[names.NATIVE]
-
-    def spy(**kwargs):
-        seen.append(kwargs.pop("_parallel_config"))
-        return original(**kwargs)
-
-    run = make_run("zeros")
-    installation = install(wan.model, WAN, run)
-    config = object()
-    for block in wan.model.blocks:
-        block.attn1.processor._parallel_config = config
-    monkeypatch.setitem(registry._backends, names.NATIVE, spy)
-    wan(num_inference_steps=1)
-    assert seen.count(config) == 4
-    assert not run.calls
-    assert {reason for _, reason in run.declined} == {"context parallelism"}
-    installation.undo()
-    assert all(block.attn1.processor._parallel_config is config for block in wan.model.blocks)

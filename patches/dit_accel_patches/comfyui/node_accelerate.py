@@ -80,7 +80,8 @@ class AccelerateAttention:
                     {
                         "default": "model",
                         "tooltip": "Type of queries, keys and values in sparse attention. 'model' leaves them as they are; "
-                        "float32 models gain much from bfloat16.",
+                        "float32 models gain much from bfloat16. int8 and int8_fp8 multiply in 8 bits, with an error where "
+                        "the GPU cannot; auto does where it can, and leaves attention heads that suffer as they are.",
                     },
                 ),
                 "start_percent": _percent(

@@ -15,8 +15,15 @@ __all__ = ["BLOCK_SIZES", "PRECISIONS", "QUALITIES", "Settings", "parse_blocks"]
 
 #: Share of the blocks that a sparse step computes exactly, by quality; ``None``: the method's own, or the number given.
 QUALITIES: dict[str, float | None] = {"balanced": 0.2, "fast": 0.1, "high": 0.35, "method": None, "custom": None}
-#: Type of q, k and v in sparse attention; ``None`` leaves them as the model made them.
-PRECISIONS: dict[str, torch.dtype | None] = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Precisions of :class:`dit_accel.Method` that the node offers.
+_NARROW = ("auto", "int8_fp8", "int8")
+#: Type of q, k and v in sparse attention; ``None`` leaves them as the model made them, for the kernel to quantise or not.
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "model": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    **dict.fromkeys(_NARROW),
+}
 BLOCK_SIZES = ("auto", "64", "128")
 
 _RANGE = re.compile(r"^(\d+)(?:\s*-\s*(\d+))?$")
@@ -94,6 +101,8 @@ class Settings:
             ValueError: if the method is unknown, or has no share of blocks for the chosen quality.
         """
         method = get_method(self.method)
+        if self.precision in _NARROW and not method.is_dense:
+            method = method.replace(precision=self.precision)
         if method.is_dense or self.quality == "method":
             return method
         chosen = QUALITIES[self.quality]
