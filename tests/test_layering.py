@@ -34,12 +34,13 @@ LAYERS = (
         "dit_accel_kernels",
         ROOT / "kernels/dit_accel_kernels",
         frozenset({"torch", "triton", "numpy", "packaging"}),
-        frozenset({"xformers"}),
+        frozenset({"flash_attn", "natten", "xformers"}),
     ),
     Layer(
         "dit_accel",
         ROOT / "dit_accel",
         frozenset({"dit_accel_kernels", "typer", "click", "rich"} | NUMERIC),
+        frozenset({"huggingface_hub"}),
     ),
     Layer(
         "dit_accel_patches",

@@ -25,6 +25,7 @@ PUBLIC = [
     "Handle",
     "LayerStatus",
     "Method",
+    "Profile",
     "Proposal",
     "RunStatus",
     "Simulation",

@@ -242,10 +242,11 @@ def test_unknown_tokens_stay_dense_with_a_reason(core: str, messages: pytest.Log
     assert sum("expected 9 + 576 + 16" in r.getMessage() for r in messages.records) == 1
 
 
-def test_precision_of_sparse_calls(core: str) -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "int8_fp8"])
+def test_precision_of_sparse_calls(precision: str, core: str) -> None:
     patcher, noise, prompts = wan(core)
     exact = sample(patcher, noise, prompts)
-    fast = accelerate(patcher, replace(ALL, precision="bfloat16"))
+    fast = accelerate(patcher, replace(ALL, precision=precision))
     got = sample(fast, noise, prompts)
     assert got.dtype == torch.float32
     assert 1e-5 < (got - exact).abs().max() < 0.1

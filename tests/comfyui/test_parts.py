@@ -44,7 +44,11 @@ def test_malformed_block_lists(text: str, part: str) -> None:
         ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent must be below end_percent, got 0.5 and 0.5"),
         ({"end_percent": 1.5}, "end_percent must be between 0 and 1, got 1.5"),
         ({"quality": "best"}, "quality must be one of balanced, fast, high, method, custom, got 'best'"),
-        ({"precision": "int8"}, "precision must be one of model, bfloat16, float16, got 'int8'"),
+        (
+            {"precision": "int9"},
+            "precision must be one of model, bfloat16, float16, auto, int8_fp8, int8, got 'int9'",
+        ),
+        ({"method": "na", "precision": "int8"}, "precision='int8' cannot go with score='window'"),
         ({"min_tokens": -1}, "min_tokens must be at least 0, got -1"),
         ({"method": "atuo"}, "did you mean 'auto'"),
         ({"quality": "custom", "density": 2.0}, "density"),
@@ -66,6 +70,13 @@ def test_quality_becomes_density() -> None:
     assert [Settings(quality=q).build().density for q in ("fast", "balanced", "high")] == [0.1, 0.2, 0.35]
     assert Settings(quality="custom", density=0.07).build().density == 0.07
     assert Settings(quality="method").build() == load_methods()["auto"]
+
+
+def test_number_formats_become_those_of_the_method() -> None:
+    assert [Settings(precision=p).build().precision for p in ("model", "bfloat16", "auto", "int8")] == [
+        *("bf16", "bf16", "auto", "int8"),
+    ]
+    assert Settings(method="dense", precision="int8").build().is_dense
 
 
 def test_unknown_settings_are_refused() -> None:

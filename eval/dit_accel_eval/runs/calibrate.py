@@ -60,7 +60,8 @@ def _calibrate(pipe: Any, row: Configuration, settings: RunSettings) -> dit_acce
     prompts: Sequence[str] = list(settings.calibration)
     assert row.method is not None
     call = {**settings.call, "output_type": "latent", "generator": torch.Generator("cpu").manual_seed(_SEED)}
-    return dit_accel.calibrate(pipe, prompts, row.method, overrides=overrides, **call)
+    plan: dit_accel.StaticPlan = dit_accel.calibrate(pipe, prompts, row.method, overrides=overrides, **call)
+    return plan
 
 
 def enable_options(row: Configuration, folder: RunFolder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ FLOOR = "another seed"
 FLOOR_OFFSET = 1000
 
 # Options of enable() that are no fields of a method.
-_ENABLE_OPTIONS = ("run_density", "backend", "min_tokens")
+_ENABLE_OPTIONS = ("run_density", "backend", "min_tokens", "quality", "target_psnr", "target_error", "profile")
 
 
 def build_rows(
