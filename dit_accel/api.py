@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from dit_accel._specs import parse_spec
 from dit_accel.adapter import Adapter
-from dit_accel.blend import Blend
+from dit_accel.asked import Plans, transformers_of, with_plans
+from dit_accel.handle import Handle
 from dit_accel.ledger import Status
 from dit_accel.logging import get_logger
 from dit_accel.method import Method
-from dit_accel.pattern import PATTERNS
 from dit_accel.presets import get_method, load_methods
-from dit_accel.registry import Installation, adapters, find_adapter, install
+from dit_accel.registry import adapters, find_adapter, install
 from dit_accel.runtime import ModelRun
 from dit_accel.static_plan import StaticPlan
 from dit_accel_kernels.backends import BACKENDS
@@ -42,148 +41,9 @@ __all__ = [
 ]
 
 _logger = get_logger("dit_accel")
-_COMPONENTS = ("transformer", "transformer_2", "transformer_3")
 _MIN_TOKENS = 2048
-_SLOTS = {"order", "order_choice", "score", "select", "compensate"}
 # Handles are kept alive by what is installed on the module, so that a dropped pipeline takes its handle along.
 _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
-
-Plans = StaticPlan | str | Path | Mapping[str, StaticPlan]
-
-
-class Handle:
-    """What :func:`enable` returns: undo, statistics, and a context manager that disables at the end.
-
-    Attributes:
-        method: the method in force.
-        runs: run state of each transformer, by component name.
-    """
-
-    def __init__(self, method: Method, runs: dict[str, ModelRun], installed: dict[str, Installation]) -> None:
-        self.method = method
-        self.runs = runs
-        self._installed = installed
-
-    @property
-    def active(self) -> bool:
-        """Whether the acceleration is still in place."""
-        return bool(self._installed)
-
-    def disable(self, component: str | None = None) -> None:
-        """Restore the original objects, of one component or of all. Safe to call twice."""
-        for name in [component] if component is not None else list(self._installed):
-            if name in self._installed:
-                self._installed.pop(name).undo()
-                self.runs[name].blends.clear()
-
-    def blend(
-        self,
-        u: float,
-        heads: Mapping[int, Collection[int] | None] | None = None,
-        *,
-        steps: Collection[int] | None = None,
-        branch: str | None = None,
-        component: str | None = None,
-    ) -> Blend:
-        """Blend the output of chosen heads with their values: ``O <- (1 - u) O + u V`` (SoftPAG, arXiv 2506.10978).
-
-        On sparse and on dense calls alike, until :meth:`Blend.remove <dit_accel.blend.Blend.remove>` or :meth:`disable`.
-        Several blends are applied one after the other.
-
-        Args:
-            u: weight of the values, from 0 to 1. A head with weight 1 attends to nothing but each token itself.
-            heads: lists of heads by layer number, ``None`` for all heads of a layer; left out, all heads of all layers.
-            steps: denoising steps at which it applies, such as ``range(5, 20)``; left out, all.
-            branch: guidance branch, such as ``"uncond"``; left out, all.
-            component: one transformer by name; left out, all of them.
-
-        Returns:
-            The blend, to remove it.
-
-        Raises:
-            ValueError: a value out of range, an unknown component, or a handle that is disabled.
-        """
-        if component is not None and component not in self._installed:
-            raise ValueError(f"component must be one of {', '.join(self._installed) or 'none'}, got {component!r}")
-        if not self._installed:
-            raise ValueError("this handle is disabled; enable again before blending")
-        made = Blend(u, heads, steps=steps, branch=branch)
-        runs = [run for name, run in self.runs.items() if component in (None, name) and name in self._installed]
-        for run in runs:
-            made.check(len(run.layers))
-        for run in runs:
-            run.blends.append(made)
-            made.on_remove(run.forget_blend)
-        return made
-
-    def stats(self) -> Status:
-        """What each transformer computed in its latest run. Waits for the device."""
-        return Status({name: run.status() for name, run in self.runs.items()})
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.disable()
-
-    def __repr__(self) -> str:
-        parts = ", ".join(f"{n}: {r.model} ({len(r.layers)} layers)" for n, r in self.runs.items())
-        state = "active" if self.active else "disabled"
-        return f"<dit_accel.Handle {self.method.name!r} {state}; {parts}>"
-
-
-def _transformers(target: Any) -> dict[str, nn.Module]:
-    """Transformers of a pipeline, or the transformer itself, by component name; compiled ones unwrapped."""
-    found = (
-        {"transformer": target} if isinstance(target, nn.Module) else {n: getattr(target, n, None) for n in _COMPONENTS}
-    )
-    modules = {name: getattr(m, "_orig_mod", m) for name, m in found.items() if isinstance(m, nn.Module)}
-    if not modules:
-        raise ValueError(
-            "expected a diffusers pipeline with a transformer, or a transformer, got "
-            f"{type(target).__name__} without any of {', '.join(_COMPONENTS)}"
-        )
-    return modules
-
-
-def _plans(plan: Plans | None, names: Sequence[str]) -> dict[str, StaticPlan]:
-    if plan is None:
-        return {}
-    if isinstance(plan, str | Path):
-        plan = StaticPlan.load(plan)
-    if isinstance(plan, StaticPlan):
-        return dict.fromkeys(names, plan)
-    return dict(plan)
-
-
-def _method_of_plans(
-    asked: Method,
-    plans: dict[str, StaticPlan],
-    modules: Mapping[str, nn.Module],
-    overrides: Mapping[str, Any],
-    run_density: float | None,
-) -> Method:
-    """The method that static plans were made for.
-
-    Raises:
-        ValueError: if the plans do not belong to these transformers, or other choices were asked for besides.
-    """
-    if overrides or run_density is not None:
-        given = sorted([*overrides, *(["run_density"] if run_density is not None else [])])
-        raise ValueError(
-            f"a static plan fixes the method; {', '.join(given)} must be given to calibrate(), not beside plan="
-        )
-    for name, plan in plans.items():
-        if name not in modules:
-            raise ValueError(f"plan= names {name!r}; the transformers are {', '.join(modules)}")
-        if plan.method.name != asked.name:
-            raise ValueError(f"the static plan was made for method {plan.method.name!r}, got method={asked.name!r}")
-        if plan.model != type(modules[name]).__name__:
-            raise ValueError(f"the static plan was made for {plan.model}, {name} is a {type(modules[name]).__name__}")
-    found = {plan.method for plan in plans.values()}
-    if len(found) > 1:
-        raise ValueError("the static plans of one pipeline must have one method; these differ in their options")
-    return found.pop()
 
 
 def enable(
@@ -244,11 +104,11 @@ def enable(
     backend = backend or os.environ.get("DIT_ACCEL_BACKEND") or None
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    modules = _transformers(target)
+    modules = transformers_of(target)
     if profile is not None:
         granted = wish.grant_by_profile(method, modules, backend)
     else:
-        chosen, plans = _with_plans(method, overrides, modules, run_density, plan)
+        chosen, plans = with_plans(method, overrides, modules, run_density, plan)
         granted = wish.grant(chosen, modules, backend)
         granted.plans.update(plans)
     for warning in granted.warnings:
@@ -275,59 +135,6 @@ def _cost_model() -> CostModel:
     from dit_accel.cost import CostModel
 
     return CostModel()
-
-
-def _with_plans(
-    method: str | Method | None,
-    overrides: dict[str, Any],
-    modules: Mapping[str, nn.Module],
-    run_density: float | None,
-    plan: Plans | None,
-) -> tuple[Method, dict[str, StaticPlan]]:
-    """The method that was asked for, and static plans by component."""
-    chosen = _choose(method, overrides)
-    if run_density is not None and (not isinstance(run_density, int | float) or not 0 < run_density <= 1):
-        raise ValueError(f"run_density must be above 0 and at most 1, got {run_density!r}")
-    plans = _plans(plan, list(modules))
-    if chosen.static and not plans:
-        raise ValueError(
-            f"method {chosen.name!r} is static: make a plan first with dit_accel.calibrate(pipe, "
-            f"prompts, method={chosen.name!r}) and pass plan=..."
-        )
-    if plans:
-        chosen = _method_of_plans(chosen, plans, modules, overrides, run_density)
-    if run_density is not None and not chosen.keeps_density:
-        raise ValueError(
-            f"run_density goes with a method that keeps a share of the blocks, not with select={chosen.select!r} and "
-            f"density={chosen.density!r}"
-        )
-    return chosen, plans
-
-
-def _choose(method: str | Method | None, overrides: dict[str, Any]) -> Method:
-    """The method that was asked for: a known one with changes, or slots by keyword."""
-    if method is None and not _SLOTS & set(overrides):
-        method = "auto"
-    if method is not None:
-        chosen = get_method(method).replace(**overrides) if overrides else get_method(method)
-    else:
-        chosen = _compose(overrides)
-    if "select" in overrides and chosen.is_geometric:
-        raise ValueError(
-            f"select={overrides['select']!r} cannot go with score={chosen.score!r}: a pattern has chosen its blocks "
-            "already; leave select out, or give a score that looks at the data"
-        )
-    return chosen
-
-
-def _compose(slots: dict[str, Any]) -> Method:
-    """A method of slots alone. Where several orders are given, each head chooses by what its slots allow."""
-    orders = slots.get("order", "raster")
-    several = orders == "axes" or (not isinstance(orders, str) and len(orders) > 1)
-    if several and "order_choice" not in slots:
-        pattern = parse_spec(slots.get("score", "mass")).name in PATTERNS
-        slots = {**slots, "order_choice": "mse" if pattern else "recall"}
-    return Method(name="custom", summary="Slots given by keyword.").replace(**{"density": None, **slots})
 
 
 def _install(target: Any, method: Method, modules: dict[str, nn.Module], runs: dict[str, ModelRun]) -> Handle:
@@ -402,7 +209,7 @@ def _release(module: nn.Module) -> bool:
 
 def disable(target: Any) -> bool:
     """Undo :func:`enable` on a pipeline or transformer; whether there was anything to undo."""
-    return any([_release(module) for module in _transformers(target).values()])
+    return any([_release(module) for module in transformers_of(target).values()])
 
 
 @contextmanager
@@ -420,7 +227,7 @@ def status(target: Any) -> Status:
 
     A transformer that is not accelerated is left out. Waits for the device.
     """
-    runs = {name: _runs_of(module) for name, module in _transformers(target).items()}
+    runs = {name: _runs_of(module) for name, module in transformers_of(target).items()}
     return Status({name: run.status() for name, run in runs.items() if run is not None})
 
 
@@ -503,7 +310,7 @@ def calibrate(
     """
     name = method if method is not None else ("paro" if target is None else "auto")
     chosen = get_method(name).replace(**dict(overrides or {}))
-    modules = _transformers(pipe)
+    modules = transformers_of(pipe)
     if not prompts or isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
     from dit_accel.targets.named import parse_target

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dit_accel.presets as presets
-from dit_accel.api import _choose
+from dit_accel.asked import choose
 from dit_accel.choice import CHOICES
 from dit_accel.compensate import COMPENSATIONS
 from dit_accel.content import CONTENT_ORDERS
@@ -58,7 +58,7 @@ def _composition(seed: int) -> dict[str, Any]:
 
 
 def _plan(slots: dict[str, Any], tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Method, Plan]:
-    method = _choose(None, dict(slots))
+    method = choose(None, dict(slots))
     planner = Planner(method)
     out, lse = dense_attention(*tensors)
     ctx = planner.context(*tensors, lse, HUNYUAN, density=method.density_at(0), scale=None)
@@ -134,18 +134,18 @@ def test_the_draws_reach_every_slot() -> None:
 )
 def test_slots_that_cannot_go_together(slots: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        _choose(None, slots)
+        choose(None, slots)
 
 
 def test_a_composition_by_keyword_is_what_it_says() -> None:
-    method = _choose(None, {"order": "gilbert", "score": "antidiagonal:8", "select": "top_p:0.9", "compensate": "mean"})
+    method = choose(None, {"order": "gilbert", "score": "antidiagonal:8", "select": "top_p:0.9", "compensate": "mean"})
     assert (method.name, method.order, method.density) == ("custom", ("gilbert",), None)
-    assert _choose(None, {"order": "axes", "score": "mass"}).order_choice == "recall"
-    assert _choose(None, {"order": "axes", "score": "band"}).order_choice == "mse"
-    assert _choose(None, {"score": "mean_pool"}).density == 0.25
-    assert _choose(None, {"density": 0.3}).name == "auto"
+    assert choose(None, {"order": "axes", "score": "mass"}).order_choice == "recall"
+    assert choose(None, {"order": "axes", "score": "band"}).order_choice == "mse"
+    assert choose(None, {"score": "mean_pool"}).density == 0.25
+    assert choose(None, {"density": 0.3}).name == "auto"
     with pytest.raises(ValueError, match="select='top_k' cannot go with score='window'"):
-        _choose("gna", {"select": "top_k"})
+        choose("gna", {"select": "top_k"})
 
 
 def test_presets_are_compositions() -> None:
@@ -155,7 +155,7 @@ def test_presets_are_compositions() -> None:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         if method.is_geometric:
             del fields["select"]
-        again = _choose(None, fields)
+        again = choose(None, fields)
         assert again.replace(name=method.name, summary=method.summary, paper=method.paper) == method
 
 
