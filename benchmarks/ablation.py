@@ -39,6 +39,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("auto", "auto", {}),
     ("steeper fall", "auto", {"density": [0.5, 0.05]}),
     ("gentler fall", "auto", {"density": [0.3, 0.15]}),
+    ("one budget a layer", "auto", {"select": "top_k_layer"}),
     ("plain", "auto", PLAIN),
     ("plain, one budget a head", "auto", {**PLAIN, "select": "top_k_head"}),
     ("plain, one budget a row", "auto", {**PLAIN, "select": "top_k"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -234,16 +235,24 @@ class Policy:
         return min(density, 1.0)
 
 
-@lru_cache(maxsize=256)
-def _mean_density(policy: Policy, steps: int) -> float:
-    """Mean density of the sparse steps of a run under a density that falls from plan to plan."""
+def _walk(policy: Policy, steps: int) -> Iterator[tuple[StepInfo, Action]]:
+    """Go through a run of one layer, similarity aside."""
     planned_at: int | None = None
-    current, found = 0.0, []
     for i in range(steps):
         step = StepInfo(step=i, steps=steps)
         action = policy.action(step, planned_at is not None, planned_at)
         if action in (Action.PLAN, Action.DENSE_AND_PLAN):
-            planned_at, current = i, policy.density(step) or 0.0
+            planned_at = i
+        yield step, action
+
+
+@lru_cache(maxsize=256)
+def _mean_density(policy: Policy, steps: int) -> float:
+    """Mean density of the sparse steps of a run under a density that falls from plan to plan."""
+    current, found = 0.0, []
+    for step, action in _walk(policy, steps):
+        if action in (Action.PLAN, Action.DENSE_AND_PLAN):
+            current = policy.density(step) or 0.0
         if action in (Action.PLAN, Action.SPARSE):
             found.append(current)
     return sum(found) / max(len(found), 1)
@@ -251,12 +260,8 @@ def _mean_density(policy: Policy, steps: int) -> float:
 
 @lru_cache(maxsize=256)
 def _course(policy: Policy, steps: int) -> Course:
-    """Go through a run of one layer."""
-    planned_at: int | None = None
-    dense = plans = 0
-    for i in range(steps):
-        action = policy.action(StepInfo(step=i, steps=steps), planned_at is not None, planned_at)
-        dense += action in (Action.DENSE, Action.DENSE_AND_PLAN)
-        if action in (Action.PLAN, Action.DENSE_AND_PLAN):
-            plans, planned_at = plans + 1, i
+    """Count what a layer does over a run."""
+    actions = [action for _, action in _walk(policy, steps)]
+    dense = sum(action in (Action.DENSE, Action.DENSE_AND_PLAN) for action in actions)
+    plans = sum(action in (Action.PLAN, Action.DENSE_AND_PLAN) for action in actions)
     return Course(dense, steps - dense, plans)

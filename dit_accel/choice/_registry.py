@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel._specs import Registry
 from dit_accel_kernels.types import TokenOrder
 
-__all__ = ["CHOICES", "SAMPLED_ROWS", "fixed_order", "sampled_count", "sampled_rows"]
+__all__ = ["CHOICES", "SAMPLED_ROWS", "fixed_order", "kept_blocks", "sampled_count", "sampled_rows"]
 
 CHOICES: Registry[Tensor] = Registry("order_choice")
 """Rules ``(ctx, table, *values) -> int64 [H]`` with ``table`` int32 ``[N, S]``, the candidate orders.
@@ -18,6 +18,15 @@ Traits: ``scores``: ``(ctx, table) -> float32 [N, H]``, which calibration sums o
 
 #: Most query blocks looked at when a head chooses its order; shorter sequences look at a sixteenth.
 SAMPLED_ROWS = 16
+
+
+#: Density by which orders are compared where the method leaves it to its selection.
+_DEFAULT_DENSITY = 0.25
+
+
+def kept_blocks(density: float | None, blocks: int) -> int:
+    """How many of ``blocks`` key blocks a row is taken to keep while orders are compared, at least one."""
+    return max(round((_DEFAULT_DENSITY if density is None else density) * blocks), 1)
 
 
 def fixed_order(table: Tensor, heads: int) -> TokenOrder:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.choice._registry import CHOICES, fixed_order, sampled_count, sampled_rows
+from dit_accel.choice._registry import CHOICES, fixed_order, kept_blocks, sampled_count, sampled_rows
 from dit_accel.context import PlanContext, valid_in_block_order
 from dit_accel.geometry import TokenGeometry
 from dit_accel_kernels import block_mass, permute_tokens
 
 __all__ = ["order_recall"]
-
-_DEFAULT_DENSITY = 0.25
 
 
 def _cost(method: object, geometry: TokenGeometry, candidates: int) -> float:
@@ -33,7 +31,6 @@ def order_recall(ctx: PlanContext, table: Tensor) -> Tensor:
     if ctx.lse is None:
         raise ValueError("a choice of orders needs the log-sum-exp of a dense step, got None")
     rows = sampled_rows(ctx.q_blocks, ctx.query.device)
-    density = _DEFAULT_DENSITY if ctx.density is None else ctx.density
     recalls = []
     for candidate in range(table.shape[0]):
         order = fixed_order(table[candidate : candidate + 1], ctx.query.shape[1])
@@ -49,7 +46,7 @@ def order_recall(ctx: PlanContext, table: Tensor) -> Tensor:
             key_valid=valid_in_block_order(ctx.key_valid, order),
         )
         mass = torch.nan_to_num(mass, nan=0.0, posinf=0.0, neginf=0.0)
-        kept = mass.topk(max(round(density * mass.shape[-1]), 1), dim=-1).values
+        kept = mass.topk(kept_blocks(ctx.density, mass.shape[-1]), dim=-1).values
         recalls.append(kept.sum(-1).mean((0, 2)))
     ctx.spend(0.5 * table.shape[0] * rows.shape[0] * ctx.block_q / ctx.query.shape[2])
     return torch.stack(recalls)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.choice._registry import CHOICES, sampled_count, sampled_rows
+from dit_accel.choice._registry import CHOICES, kept_blocks, sampled_count, sampled_rows
 from dit_accel.context import PlanContext
 from dit_accel.geometry import TokenGeometry
 from dit_accel.score.spread import moments, spread_of
 
 __all__ = ["order_error"]
-
-_DEFAULT_DENSITY = 0.25
 
 
 def _cost(method: object, geometry: TokenGeometry, candidates: int) -> float:
@@ -32,7 +30,7 @@ def order_error(ctx: PlanContext, table: Tensor) -> Tensor:
     if ctx.value is None:
         raise ValueError("order_choice 'spread' looks at the values, and the caller of the planner gave none")
     rows = sampled_rows(ctx.q_blocks, table.device).long()
-    kept = max(round((_DEFAULT_DENSITY if ctx.density is None else ctx.density) * ctx.k_blocks), 1)
+    kept = kept_blocks(ctx.density, ctx.k_blocks)
     places = rows[:, None] * ctx.block_q + torch.arange(ctx.block_q, device=table.device)
     places = places.flatten().clamp(max=ctx.query.shape[2] - 1)  # a ragged last block repeats its last token
     errors = torch.empty(table.shape[0], ctx.query.shape[1], device=table.device)
