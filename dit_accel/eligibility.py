@@ -103,14 +103,23 @@ class Eligibility:
                 self._backends[key] = (name, missing)
         return self._backends[key]
 
-    def _need(self, query: Tensor) -> dict[str, Any]:
+    def fitted(self, asked: Method, query: Tensor) -> Method:
+        """The method with the block sizes of the kernel that will serve such queries, see :attr:`Method.hopper_blocks`."""
+        if asked.hopper_blocks is None or query.device.type != "cuda" or self.asked not in (None, "hopper"):
+            return asked
+        method = asked.replace(block_q=asked.hopper_blocks[0], block_k=asked.hopper_blocks[1])
+        name, _ = choose_backend(**self._need(query, method))
+        return method if name == "hopper" else asked
+
+    def _need(self, query: Tensor, method: Method | None = None) -> dict[str, Any]:
         """What a backend is chosen by."""
+        method = self.method if method is None else method
         return {
             "device": query.device,
             "dtype": query.dtype,
             "head_dim": query.shape[-1],
-            "block_q": self.method.block_q,
-            "block_k": self.method.block_k,
+            "block_q": method.block_q,
+            "block_k": method.block_k,
         }
 
     def precision(self, query: Tensor, backend: str) -> tuple[str, Precision | None, str]:

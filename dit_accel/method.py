@@ -64,6 +64,8 @@ class Method:
             ``"mean"`` (each enters the softmax as one key) and others.
         block_q: tokens in a query block, 16, 32, 64 or 128.
         block_k: tokens in a key block, 16, 32, 64 or 128.
+        hopper_blocks: ``(block_q, block_k)`` to use instead where the Hopper kernel serves them, whose rate needs larger
+            tiles than the portable kernel's; ``None`` for the same everywhere. :meth:`replace` with a block size drops it.
         warmup: share of the denoising steps that stay dense at the start.
         end: share of the steps after which attention is dense again.
         refresh: shares of the run at which the plan is made again.
@@ -103,6 +105,7 @@ class Method:
     compensate: str = "drop"
     block_q: int = 64
     block_k: int = 64
+    hopper_blocks: tuple[int, int] | None = None
     warmup: float = 0.2
     end: float = 1.0
     refresh: tuple[float, ...] = ()
@@ -145,6 +148,9 @@ class Method:
         ):
             value = getattr(self, slot)
             _require(value in known and type(value) in (str, int), slot, value, "one of " + ", ".join(map(repr, known)))
+        pair = self.hopper_blocks
+        ok = pair is None or (isinstance(pair, tuple) and len(pair) == 2 and all(p in _BLOCKS for p in pair))
+        _require(ok, "hopper_blocks", pair, f"None or two of {', '.join(map(str, _BLOCKS))}")
         for share_name in ("warmup", "end", "static_share"):
             value = getattr(self, share_name)
             _require(_is_number(value) and 0 <= value <= 1, share_name, value, "between 0 and 1")
@@ -347,6 +353,8 @@ class Method:
             raise ValueError(
                 f"unknown option {', '.join(map(repr, unknown))}; known are " + ", ".join(sorted(known - {"version"}))
             )
+        if "block_q" in changes or "block_k" in changes:
+            changes = {"hopper_blocks": None, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -401,7 +409,8 @@ class Method:
         lines.append(f"  score       {self.score}")
         lines.append(f"  selection   {self.select}, density {self.density}")
         lines.append(f"  remainder   {self.compensate}")
-        lines.append(f"  blocks      {self.block_q} x {self.block_k}")
+        hopper = "" if self.hopper_blocks is None else "; {} x {} on the Hopper kernel".format(*self.hopper_blocks)
+        lines.append(f"  blocks      {self.block_q} x {self.block_k}{hopper}")
         if not self.precision_rule.wide:
             lines.append(f"  precision   {self.precision}")
         lines.append(f"  schedule    warm-up {self.warmup:g}, end {self.end:g}, refresh {list(self.refresh)}")

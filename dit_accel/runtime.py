@@ -99,7 +99,7 @@ class ModelRun:
         control: Control | None = None,
         cost: CostModel | None = None,
     ) -> None:
-        self.method = method
+        self.method = self._asked = method
         self.model = model
         self.backend = backend
         self.run_density = run_density
@@ -368,6 +368,7 @@ class ModelRun:
     ) -> tuple[str | None, str | None]:
         """Reason why a call of such tensors cannot be served or ``None``, and the backend if it came to that."""
         assert isinstance(self._geometry, TokenGeometry)
+        self._fit(query)
         reason = self._eligible.why_dense(query, key, key_valid, layer, self._geometry, calibrating=calibrating)
         if reason is not None:
             return reason, None
@@ -375,6 +376,18 @@ class ModelRun:
         if reason is None and not self.method.precision_rule.wide:
             self._eligible.precision(query, name)  # what was named and cannot be is said before anything is planned
         return reason, "" if reason else name
+
+    def _fit(self, query: Tensor) -> None:
+        """Take the block sizes of the kernel that will serve such queries ``[B, S, H, D]``."""
+        if self._asked.hopper_blocks is None or self.static is not None:
+            return
+        method = self._eligible.fitted(self._asked, query)
+        if (method.block_q, method.block_k) == (self.method.block_q, self.method.block_k):
+            return
+        self._forget()
+        self.method = self._eligible.method = method
+        self.policy, planner = Policy(method), Planner(method)
+        self.planner = planner if self.share is None else self.share.planner(planner)
 
     def _why_not_paying(self, call: _Call, cost: CostModel) -> str | None:
         """Why this call would not be faster, ``None`` where it would or was not measured."""

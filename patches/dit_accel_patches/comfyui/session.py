@@ -22,7 +22,6 @@ from dit_accel.method import Method
 from dit_accel.presets import get_method
 from dit_accel.runtime import ModelRun
 from dit_accel.static_plan import Recorder, StaticPlan
-from dit_accel_kernels import choose_backend
 from dit_accel_patches.comfyui.blocks import BlockNames, Numbering
 from dit_accel_patches.comfyui.families import Family
 from dit_accel_patches.comfyui.layouts import Layout
@@ -220,7 +219,7 @@ class Session:
         if self.plan is None:
             method = method.replace(warmup=self.warmup, end=self.end)
         if self.plan is None and self.recorder is None:
-            method = self._with_blocks(method, query)
+            method = self._with_blocks(method)
         run = ModelRun(
             method,
             model=self.model,
@@ -233,16 +232,13 @@ class Session:
             self._watched, self.recorded, run.recorder = key, run, self.recorder
         return run
 
-    def _with_blocks(self, method: Method, query: Tensor) -> Method:
-        """The method with the block size that was asked for, or that has the fastest kernel here."""
+    def _with_blocks(self, method: Method) -> Method:
+        """The method with the block size that was asked for, or on Hopper that of the fastest kernel."""
         if method.is_dense:
             return method
         if self.settings.block_size != "auto":
             size = int(self.settings.block_size)
             return method.replace(block_q=size, block_k=size)
-        if query.device.type != "cuda" or (method.block_q, method.block_k) != (64, 64):
-            return method
-        name, _ = choose_backend(
-            device=query.device, dtype=query.dtype, head_dim=query.shape[-1], block_q=128, block_k=128
-        )
-        return method.replace(block_q=128, block_k=128) if name == "hopper" else method
+        if method.hopper_blocks is None and (method.block_q, method.block_k) == (64, 64):
+            return method.replace(hopper_blocks=(128, 128))
+        return method
