@@ -55,15 +55,16 @@ _HUNYUAN = (("in_channels", 16), ("text_embed_dim", 4096), ("pooled_projection_d
 _COG = (("in_channels", 16), ("text_embed_dim", 4096), ("time_embed_dim", 512))
 _FLUX = (("in_channels", 64), ("joint_attention_dim", 4096), ("pooled_projection_dim", 768))
 
+#: In the order in which they are measured.
 CASES = {
-    "wan-14b-720p": Case("Wan 14B 720p 81f", "wan", 40, 128, (21, 45, 80), 512, (40,), (4,), _WAN_14B),
-    "hunyuan-720p": Case("HunyuanVideo 720p 129f", "hunyuan", 24, 128, (33, 45, 80), 256, (20, 40), (2, 4), _HUNYUAN),
-    "wan-1.3b-480p": Case("Wan 1.3B 480p 81f", "wan", 12, 128, (21, 30, 52), 512, (30,), (30,), _WAN_1B),
-    "flux-2048": Case("FLUX 2048x2048", "flux", 24, 128, (1, 128, 128), 512, (19, 38), (4, 8), _FLUX),
-    "cogvideox-5b": Case("CogVideoX-5B 480x720 49f", "cog", 48, 64, (13, 30, 45), 226, (42,), (14,), _COG, 2),
+    "wan-14b-720p": Case("Wan 14B 720p 81f", "wan", 40, 128, (21, 45, 80), 512, (40,), (3,), _WAN_14B),
+    "hunyuan-720p": Case("HunyuanVideo 720p 129f", "hunyuan", 24, 128, (33, 45, 80), 256, (20, 40), (1, 2), _HUNYUAN),
+    "wan-1.3b-480p": Case("Wan 1.3B 480p 81f", "wan", 12, 128, (21, 30, 52), 512, (30,), (8,), _WAN_1B),
     "wan-14b-480p": Case("Wan 14B 480p 81f", "wan", 40, 128, (21, 30, 52), 512, (40,), (4,), _WAN_14B),
+    "cogvideox-5b": Case("CogVideoX-5B 480x720 49f", "cog", 48, 64, (13, 30, 45), 226, (42,), (8,), _COG, 2),
+    "flux-2048": Case("FLUX 2048x2048", "flux", 24, 128, (1, 128, 128), 512, (19, 38), (2, 4), _FLUX),
+    "flux-4096": Case("FLUX 4096x4096", "flux", 24, 128, (1, 256, 256), 512, (19, 38), (1, 2), _FLUX),
     "flux-1024": Case("FLUX 1024x1024", "flux", 24, 128, (1, 64, 64), 512, (19, 38), (4, 8), _FLUX),
-    "flux-4096": Case("FLUX 4096x4096", "flux", 24, 128, (1, 256, 256), 512, (19, 38), (2, 4), _FLUX),
 }
 
 _TINY_WAN = (("text_dim", 16), ("freq_dim", 32), ("in_channels", 4), ("out_channels", 4), ("ffn_dim", 64))

@@ -19,21 +19,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
 
-__all__ = ["METHODS", "Subject", "measure_case"]
+__all__ = ["FIXED", "METHODS", "Subject", "measure_case", "warm"]
 
-#: Compared methods. Each head keeps as many blocks as any other, so the work is the density whatever the maps.
+#: Compared methods. Each head keeps as many blocks as any other, so the work is the density whatever the maps. The last
+#: two say what we cost: everything kept, reordered and with the pooled remainder, and our hook around dense attention.
 METHODS: dict[str, dict[str, Any]] = {
-    "auto": {"method": "auto", "refresh": ()},
-    "plain": {"method": None, "score": "mass", "select": "top_k"},
+    "plain": {"method": None, "score": "mass", "select": "top_k", "warmup": 0.0},
+    "union": {"method": "union", "warmup": 0.0},
+    "auto": {"method": "auto", "refresh": (), "warmup": 0.0},
+    "kept": {"method": "union", "warmup": 0.0},
+    "hooked": {"method": "auto", "warmup": 1.0},
 }
+#: Methods whose density is not the one asked for.
+FIXED = {"kept": 1.0, "hooked": 1.0}
+_OWN_BLOCKS = ("auto", "hooked")
 PLANS = (
     "random weights give flat maps; every head keeps the same number of blocks (top_k_head, top_k), so the work is the "
     "density whatever the maps are; the plan is made at one step from that step's queries and keys, by the method's own "
-    "scores, and used in those that are timed, without a refresh"
+    "scores, and used in those that are timed, without a refresh; the exact share is such that exact blocks and remainder "
+    "together are the density"
 )
 STEPS = 50
 _ATTENTION = re.compile(r"sdpa|flash_fprop|fmha|flash_fwd|_scaled_dot_product_flash_attention_for_cpu")
-_DENSE_ROUNDS, _SPARSE_ROUNDS = 3, 4
+_DENSE_ROUNDS, _SPARSE_ROUNDS = 3, 3
 
 
 @dataclass
@@ -43,7 +51,7 @@ class Subject:
     Attributes:
         case: what it is.
         layers: blocks of each list that were built.
-        block: tokens in a block of queries and of keys.
+        block: tokens in a block of queries and of keys, where the method has none of its own.
         compiler: backend of ``torch.compile``.
     """
 
@@ -92,7 +100,9 @@ class Subject:
     def enable(self, method: str, density: float, **more: Any) -> dit_accel.Handle:
         """Accelerate it; the first step plans."""
         self.restart()
-        options = {**METHODS[method], "density": density, "warmup": 0.0, "block_q": self.block, "block_k": self.block}
+        options = {**METHODS[method], "density": density}
+        if method not in _OWN_BLOCKS:
+            options |= {"block_q": self.block, "block_k": self.block}
         return dit_accel.enable(self.model, min_tokens=0, **{**options, **more})
 
 
@@ -144,10 +154,10 @@ class Profile:
     attention_ms: float
     total_ms: float
 
-    def top(self, count: int = 14) -> list[list[Any]]:
+    def top(self, count: int = 16) -> list[list[Any]]:
         """The longest, as ``[name, ms, launches]``."""
         ranked = sorted(self.kernels.items(), key=lambda item: -item[1][0])
-        return [[name[:90], round(ms, 3), calls] for name, (ms, calls) in ranked[:count]]
+        return [[name[:140], round(ms, 3), calls] for name, (ms, calls) in ranked[:count]]
 
 
 def profiled(call: Callable[[], Any], device: torch.device, attentions: int) -> Profile:
@@ -193,35 +203,45 @@ def warm(subject: Subject, density: float, methods: list[str]) -> dict[str, dict
     """Compile everything, and the gate: with everything kept the output is that of dense attention.
 
     Returns:
-        Relative error of the first step's output by method: ``kept`` with everything kept, ``sparse`` at the density.
+        By method: relative errors of the first step's output, ``kept`` with everything kept and ``sparse`` at the density,
+        and ``exact``, the density of exact blocks with which all the work of a step is the density.
 
     Raises:
         RuntimeError: if it is not.
     """
-    errors: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     with cudnn_first(subject.device):
         subject.restart()
         dense = subject.step()
         for method in methods:
             with subject.enable(method, 1.0) as handle:
-                errors[method] = {"kept": relative(subject.step(), dense)}
+                found[method] = {"kept": relative(subject.step(), dense), "exact": FIXED.get(method, density)}
                 sparse = handle.stats()["transformer"].sparse_calls
-            if sparse != subject.attentions:
-                raise RuntimeError(f"{subject.case.name}: {sparse} of {subject.attentions} calls were sparse")
-            with subject.enable(method, density):
-                errors[method]["sparse"] = relative(subject.step(), dense)
+            if sparse != (0 if method == "hooked" else subject.attentions):
+                raise RuntimeError(
+                    f"{subject.case.name}: {sparse} of {subject.attentions} calls of {method} were sparse"
+                )
+            if method in FIXED:
+                continue
+            with subject.enable(method, density) as handle:
+                found[method]["sparse"] = relative(subject.step(), dense)
                 subject.step()
+                found[method]["exact"] = max(2 * density - _work(handle), density / 2)
     limit = 2e-2 if subject.dtype == torch.bfloat16 else 1e-4
-    bad = {name: error["kept"] for name, error in errors.items() if not error["kept"] <= limit}
+    bad = {name: error["kept"] for name, error in found.items() if not error["kept"] <= limit}
     if bad:
         raise RuntimeError(f"{subject.case.name}: with everything kept the output is off by {bad}, limit {limit}")
-    return errors
+    return found
 
 
-def measure_case(
-    subject: Subject, density: float, methods: list[str], gate: dict[str, dict[str, float]]
-) -> dict[str, Any]:
-    """All numbers of one model, after :func:`warm`."""
+def _work(handle: dit_accel.Handle) -> float:
+    """Work of the latest step over that of dense attention."""
+    by_step = handle.stats()["transformer"].density_by_step
+    return by_step[max(by_step)]
+
+
+def measure_case(subject: Subject, methods: list[str], gate: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """All numbers of one model, after :func:`warm`; a record after each method, the last one with all."""
     device = subject.device
     with cudnn_first(device):
         subject.restart()
@@ -229,33 +249,42 @@ def measure_case(
         with peak(device) as dense_peak:
             dense = timed(subject.step, device, _DENSE_ROUNDS)
         where = profiled(subject.step, device, subject.attentions)
-        rows = {method: _sparse(subject, method, density) for method in methods}
+        attention_ms = where.attention_ms or alone(subject)
+        rows: dict[str, dict[str, Any]] = {}
+        found = {
+            "name": subject.case.name,
+            "tokens": subject.case.tokens,
+            "batch": subject.case.batch,
+            "layers": list(subject.layers),
+            "of_layers": list(subject.case.layers),
+            "block": subject.block,
+            "attention_ms": attention_ms,
+            "attention_by": "kernels" if where.attention_ms else "attention alone",
+            "dense_peak_gib": dense_peak[0],
+            "dense_kernels": where.top(),
+            "gate": gate,
+            "methods": rows,
+        }
+        yield {**found, "complete": False, **_compared(rows, dense, attention_ms, dense_peak[0])}
+        for method in methods:
+            rows[method] = _sparse(subject, method, gate[method]["exact"])
+            yield {**found, "complete": False, **_compared(rows, dense, attention_ms, dense_peak[0])}
         dense += timed(subject.step, device, 2)
+    yield {**found, "complete": True, **_compared(rows, dense, attention_ms, dense_peak[0])}
+
+
+def _compared(
+    rows: dict[str, dict[str, Any]], dense: list[float], attention_ms: float, dense_peak: float
+) -> dict[str, Any]:
+    """What dense attention took; the rows are told how they compare."""
     dense_ms = statistics.median(dense)
-    attention_ms = where.attention_ms or alone(subject)
     share = attention_ms / dense_ms
     for row in rows.values():
         ceiling = 1 / (1 - share + share * row["density"])
         row["speedup"] = dense_ms / row["step_ms"]
         row["ceiling"], row["of_ceiling"] = ceiling, row["speedup"] / ceiling
-        row["peak_ratio"] = row["peak_gib"] / dense_peak[0] if dense_peak[0] else 1.0
-    return {
-        "name": subject.case.name,
-        "tokens": subject.case.tokens,
-        "batch": subject.case.batch,
-        "layers": list(subject.layers),
-        "of_layers": list(subject.case.layers),
-        "block": subject.block,
-        "dense_ms": dense_ms,
-        "dense_all_ms": dense,
-        "attention_ms": attention_ms,
-        "attention_by": "kernels" if where.attention_ms else "attention alone",
-        "attention_share": share,
-        "dense_peak_gib": dense_peak[0],
-        "dense_kernels": where.top(),
-        "gate": gate,
-        "methods": rows,
-    }
+        row["peak_ratio"] = row["peak_gib"] / dense_peak if dense_peak else 1.0
+    return {"dense_ms": dense_ms, "dense_all_ms": list(dense), "attention_share": share}
 
 
 def _sparse(subject: Subject, method: str, density: float) -> dict[str, Any]:
@@ -268,6 +297,7 @@ def _sparse(subject: Subject, method: str, density: float) -> dict[str, Any]:
             sparse = timed(subject.step, device, _SPARSE_ROUNDS)
         where = profiled(subject.step, device, subject.attentions)
         status = handle.stats()["transformer"]
+        blocks = handle.runs["transformer"].method
     last = max(status.density_by_step)
     return {
         "step_ms": statistics.median(sparse),
@@ -276,6 +306,7 @@ def _sparse(subject: Subject, method: str, density: float) -> dict[str, Any]:
         "density": status.density_by_step[last],
         "exact_density": status.sparse_density,
         "backend": status.backend,
+        "blocks": f"{blocks.block_q}x{blocks.block_k}",
         "peak_gib": sparse_peak[0],
         "planning_peak_gib": plan_peak[0],
         "reasons": status.reasons,

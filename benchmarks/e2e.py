@@ -1,12 +1,12 @@
 """Whole denoising steps of full-size transformers: dense compiled with cuDNN attention against ours compiled.
 
-``python benchmarks/e2e.py`` takes about four minutes on one H200; ``--toy`` runs all of it on the CPU with tiny models.
+``python benchmarks/e2e.py`` takes about three minutes on one H200; ``--toy`` runs all of it on the CPU with tiny models.
 Weights are random, so speed and memory are those of the checkpoint and pictures are noise; how plans are made is told in
 each record (``plans``). A model may have fewer blocks than its checkpoint (``--layers``), which the record says; all blocks
 take the same time.
 
-Each model has a process of its own. All compile at once and pass the correctness gate; then they are timed one after the
-other, alone on the GPU. Share of attention ``f``: the kernels of self-attention in a profiled dense step over the time of
+Each model has a process of its own. All compile at once and pass the correctness gate; then one measures at a time, while
+the others are stopped. Share of attention ``f``: the kernels of self-attention in a profiled dense step over the time of
 a dense step. Ceiling: ``1 / (1 - f + f d)`` with ``d`` the work of a sparse step over that of dense attention.
 
 ``torchrun --nproc-per-node 2 benchmarks/e2e.py --gpus 2`` compares dense and sparse context parallelism with one GPU.
@@ -17,17 +17,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import queue
-import subprocess
+import signal
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from _e2e_models import CASES, TOY, Case
 from _e2e_run import METHODS, PLANS, Subject, measure_case, warm
+from _e2e_workers import measure_all, say
 from _timing import environment
 
 from dit_accel._files import write_whole
@@ -40,11 +38,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=None, help=f"of {', '.join(CASES)}")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--density", type=float, default=0.2, help="exact share of the map on a sparse step")
+    parser.add_argument("--density", type=float, default=0.2, help="work of a sparse step over dense work")
     parser.add_argument("--layers", type=int, nargs="*", default=None, help="blocks of each list, 0 for all")
-    parser.add_argument(
-        "--block", type=int, default=128, help="tokens in a block; 64 is what presets have, without wgmma"
-    )
+    parser.add_argument("--block", type=int, default=128, help="tokens in a block; auto has its own")
     parser.add_argument("--toy", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--gpus", type=int, default=1, help="processes of torchrun, for context parallelism")
     parser.add_argument("--out", type=Path, default=RESULTS / "e2e.json")
@@ -52,7 +48,7 @@ def options() -> argparse.Namespace:
         "--deadline",
         type=float,
         default=600.0,
-        help="seconds for everything; what is not compiled after 0.6 of them is left out",
+        help="seconds for everything; what is under way then is written as far as it got",
     )
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -81,95 +77,25 @@ def subject_of(name: str, args: argparse.Namespace, device: torch.device) -> Sub
 
 
 def worker(args: argparse.Namespace) -> None:
-    """A process of one model: warm up, say so, wait for a line, measure, write one JSON line."""
+    """A process of one model: warm up, say so, wait for a line, measure, write a JSON line after each method."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
     subject = subject_of(args.worker, args, device)
     subject.compile()
     gate = warm(subject, args.density, args.methods)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    _say({"ready": args.worker})
+    say({"ready": args.worker})
     sys.stdin.readline()
-    _say(measure_case(subject, args.density, args.methods, gate))
+    for record in measure_case(subject, args.methods, gate):
+        say(record)
 
 
-def _say(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
-
-
-class Worker:
-    """A process that measures one model; its JSON lines come through a queue, so that waiting for them can end.
-
-    Args:
-        command: how it is started.
-    """
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                self._lines.put(json.loads(line))
-        self._lines.put(None)
-
-    def answer(self, seconds: float) -> dict[str, Any] | None:
-        """The next record, ``None`` if there is none within so many seconds."""
-        try:
-            return self._lines.get(timeout=max(seconds, 0.1))
-        except queue.Empty:
-            return None
-
-    def go(self) -> None:
-        """Let it measure."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-
-    def stop(self) -> None:
-        """End it and wait until its memory is free."""
-        self._process.kill()
-        self._process.wait()
-
-
-def run(names: list[str], args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure models, each in a process of its own; records, and what failed."""
-    began = time.monotonic()
+def commands(names: list[str], args: argparse.Namespace) -> dict[str, list[str]]:
+    """How the worker of each model is started."""
     command = [sys.executable, str(Path(__file__)), "--density", str(args.density), "--methods", *args.methods]
     command += ["--toy"] if args.toy else ["--block", str(args.block)]
     command += ["--layers", *map(str, args.layers)] if args.layers is not None else []
-    started = {name: Worker([*command, "--worker", name]) for name in names}
-    records: list[dict[str, Any]] = []
-
-    def left(share: float = 1.0) -> float:
-        return began + share * args.deadline - time.monotonic()
-
-    try:
-        ready = []
-        for name, process in started.items():
-            if process.answer(left(0.6)) is None:
-                process.stop()  # it must not disturb the others
-            else:
-                ready.append(name)
-        sys.stderr.write(f"{', '.join(ready)} ready after {time.monotonic() - began:.0f} s\n")
-        for name in ready:
-            started[name].go()
-            found = started[name].answer(left())
-            started[name].stop()
-            if found is not None:
-                records.append({"case": name, **found})
-                sys.stderr.write(f"{name} done after {time.monotonic() - began:.0f} s\n")
-                args.out.with_suffix(".part").write_text(json.dumps(records), encoding="utf-8")
-    finally:
-        for process in started.values():
-            process.stop()
-        args.out.with_suffix(".part").unlink(missing_ok=True)
-    measured = {record["case"] for record in records}
-    return records, [name for name in names if name not in measured]
+    return {name: [*command, "--worker", name] for name in names}
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -196,7 +122,8 @@ def _rows(case: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
         kept = ("dense_ms", "attention_share", "density", "step_ms", "speedup", "ceiling", "of_ceiling")
         kept += ("planning_step_ms", "peak_gib", "peak_ratio")
         rounded = {key: f"{numbers[key]:.4g}" for key in kept}
-        rows.append({**shared, "method": method, "backend": row["backend"], **rounded, **_where(record)})
+        told = {"method": method, "backend": row["backend"], "blocks": row["blocks"]}
+        rows.append({**shared, **told, **rounded, **_where(record)})
     return rows
 
 
@@ -206,18 +133,21 @@ def _where(record: dict[str, Any]) -> dict[str, str]:
 
 def table(record: dict[str, Any]) -> str:
     """What was found, as text."""
-    head = f"{'':26s}{'layers':>9s} {'method':>7s} {'backend':>9s} {'dense ms':>9s} {'f':>6s} {'d':>6s} {'ms':>9s} "
-    lines = [head + f"{'x':>6s} {'ceiling':>8s} {'of it':>6s} {'plan ms':>9s} {'peak':>6s} {'x peak':>6s} {'gate':>8s}"]
+    head = f"{'':26s}{'layers':>9s} {'method':>7s} {'backend':>9s} {'blocks':>8s} {'dense ms':>9s} {'f':>6s} {'d':>6s} "
+    head += (
+        f"{'ms':>9s} {'x':>6s} {'ceiling':>8s} {'of it':>6s} {'plan ms':>9s} {'peak':>6s} {'x peak':>6s} {'gate':>8s}"
+    )
+    lines = [head]
     for case in record["cases"]:
         layers = "+".join(map(str, case["layers"]))
         for method, row in case["methods"].items():
             lines.append(
-                f"{case['name']:26s}{layers:>9s} {method:>7s} {row['backend']:>9s} {case['dense_ms']:9.1f} "
-                f"{case['attention_share']:6.3f} {row['density']:6.3f} {row['step_ms']:9.1f} {row['speedup']:6.2f} "
-                f"{row['ceiling']:8.2f} {row['of_ceiling']:6.3f} {row['planning_step_ms']:9.1f} {row['peak_gib']:6.1f} "
-                f"{row['peak_ratio']:6.3f} {case['gate'][method]['kept']:8.1e}"
+                f"{case['name']:26s}{layers:>9s} {method:>7s} {row['backend']:>9s} {row['blocks']:>8s} "
+                f"{case['dense_ms']:9.1f} {case['attention_share']:6.3f} {row['density']:6.3f} {row['step_ms']:9.1f} "
+                f"{row['speedup']:6.2f} {row['ceiling']:8.2f} {row['of_ceiling']:6.3f} {row['planning_step_ms']:9.1f} "
+                f"{row['peak_gib']:6.1f} {row['peak_ratio']:6.3f} {case['gate'][method]['kept']:8.1e}"
             )
-    lines += [f"not measured: {name}" for name in record["failed"]]
+    lines += [f"not measured, or not all of it: {name}" for name in record["failed"]]
     return "\n".join(lines)
 
 
@@ -231,17 +161,25 @@ def main() -> int:
         from _e2e_gpus import main as on_several
 
         return on_several(args)
-    names = args.cases or (list(TOY) if args.toy else list(CASES)[:5])
+    names = args.cases or (list(TOY) if args.toy else list(CASES))
     unknown = [name for name in names if name not in {**CASES, **TOY}]
     if unknown:
         raise ValueError(f"--cases must be of {', '.join({**CASES, **TOY})}, got {', '.join(unknown)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
-    records, failed = run(names, args)
-    record: dict[str, Any] = {**environment(device), "density": args.density, "plans": PLANS, "failed": failed}
-    record["cases"] = records
+    record: dict[str, Any] = {**environment(device), "density": args.density, "plans": PLANS}
+    part = args.out.with_suffix(".part.json")
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        write_whole(part, (json.dumps({**record, "cases": found}, indent=1) + "\n").encode())
+
+    records = measure_all(commands(names, args), args.deadline, keep)
+    complete = {found["case"] for found in records if found["complete"]}
+    record |= {"failed": [name for name in names if name not in complete], "cases": records}
     write(args.out, record)
+    part.unlink(missing_ok=True)
     sys.stdout.write(table(record) + "\n")
-    return 1 if failed else 0
+    return 1 if record["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 ``transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=N))`` shards the tokens and tells the attention
 processors. Where one of ours is told, its operator sends queries, keys and values to the processes of their heads, lets the
 run carry out the call as if there were one process, and sends the output back. Shards of a ring are exchanged in the same
-way, over all processes of the ring and of Ulysses together: any method works then, which merging by the log-sum-exp of ring
-steps would allow for patterns only. What cannot be exchanged goes to the user's own backend, which knows the configuration.
+way, over all processes of the ring and of Ulysses together, and the status says so: docs/multi_gpu.md has the arithmetic of
+memory and traffic against diffusers' ring, which gathers all keys and values on every process. What cannot be exchanged goes
+to the user's own backend, which knows the configuration.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Spread:
         self.config = config
         self._context = config.context_parallel_config
         self.ranks = Ranks.of(self._context._flattened_mesh.get_group())
+        self._note = _ring_note(getattr(self._context, "ring_degree", 1), self.ranks.size)
         self._split = _split_names(module)
         self._streams: Streams | str = "the transformer was not entered through its forward"
         self._shares: dict[tuple[int, torch.device], SharedHeads] = {}
@@ -103,6 +105,8 @@ class Spread:
             self._shares[key] = SharedHeads(self.ranks, *key)
         share = self._shares[key]
         if hasattr(run, "spread"):
+            if self._note and all(text != self._note for text, _ in run.ledger.flags):
+                run.ledger.flag(self._note, torch.tensor(False))
             placed = run.placement(layer, query.shape[0], mask is not None)
             share = share if placed is None or placed.total != query.shape[2] else placed
             run.spread(share)
@@ -151,6 +155,13 @@ def update(
         known = Spread(config, module)
     known.begin(module, args, kwargs, geometry)
     return known
+
+
+def _ring_note(ring: int, size: int) -> str:
+    """What is executed where a ring was asked for, empty where none was."""
+    if ring <= 1:
+        return ""
+    return f"ring_degree={ring}: sparse attention exchanges heads over all {size} processes, no ring is run"
 
 
 def _split_names(module: nn.Module) -> frozenset[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel.adapter import StepInfo
 from dit_accel.choice.spread import order_error
+from dit_accel.compensate import make_compensation
 from dit_accel.geometry import TokenGeometry
 from dit_accel.plan import execute
 from dit_accel.planner import Planner
@@ -112,6 +113,34 @@ def test_the_correction_takes_away_much_of_the_error() -> None:
         out = execute(plan, q, k, v, scale=None, key_valid=None, backend=None)
         errors[compensate] = float((out - exact).norm() / exact.norm())
     assert errors["query_mean"] < 0.8 * errors["mean"] < 0.8 * errors["drop"]
+
+
+def test_several_mean_queries_a_block() -> None:
+    """A mean over one query is that query: the correction then gives dense attention. Means over fewer are no worse."""
+    q, k, v = smooth(HUNYUAN)
+    exact = exact_output(q, k, v)
+    outputs = {}
+    for queries in (1, 16, 32, 64, None):
+        spec = "query_mean" if queries is None else f"query_mean:{queries}"
+        method = get_method("auto").replace(compensate=spec, block_q=64)
+        plan = Planner(method).plan(context(method, q, k, v, HUNYUAN, density=0.2))
+        outputs[queries] = execute(plan, q, k, v, scale=None, key_valid=None, backend=None)
+    torch.testing.assert_close(outputs[1], exact, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(outputs[64], outputs[None], atol=0, rtol=0)
+    errors = [float((outputs[n] - exact).norm()) for n in (1, 16, 32, 64)]
+    assert errors == sorted(errors)
+
+
+def test_the_mean_queries_count_as_work() -> None:
+    assert make_compensation("query_mean").known_work(128) == 1 / 128
+    assert make_compensation("query_mean:32").known_work(128) == 1 / 32
+    assert make_compensation("query_mean:256").known_work(128) == 1 / 128
+
+
+@pytest.mark.parametrize("spec", ["query_mean:48", "query_mean:0", "query_mean:-2", "query_mean:0.5"])
+def test_bad_mean_queries(spec: str) -> None:
+    with pytest.raises(ValueError, match="queries must be a power of two"):
+        get_method("auto").replace(compensate=spec)
 
 
 def test_everything_kept_is_dense_attention() -> None:

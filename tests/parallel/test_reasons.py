@@ -27,7 +27,7 @@ class Transformer(nn.Module):
 def spread(geometry: TokenGeometry | str, size: int = 2) -> Spread:
     found = Spread.__new__(Spread)
     found.config, found.ranks = object(), Ranks(None, 0, size)
-    found._split, found._shares = frozenset(), {}
+    found._split, found._shares, found._note = frozenset(), {}, ""
     found.begin(Transformer(), (torch.zeros(1, 1, 1),), {}, geometry)
     return found
 

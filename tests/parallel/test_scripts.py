@@ -46,19 +46,32 @@ def test_example_on_two_processes(tmp_path: Path, mode: str) -> None:
 @pytest.mark.slow
 def test_benchmark_at_toy_size(tmp_path: Path) -> None:
     script, out = str(ROOT / "benchmarks" / "e2e.py"), tmp_path / "e2e.json"
-    told = start(script, "--toy", "--cases", "toy-hunyuan", "--out", str(out), cwd=tmp_path)
+    chosen = ["--methods", "auto", "kept", "hooked"]
+    told = start(script, "--toy", "--cases", "toy-hunyuan", "--out", str(out), *chosen, cwd=tmp_path)
     record = json.loads(out.read_text())[-1]
     assert not record["failed"]
     assert {case["name"] for case in record["cases"]} == {"toy HunyuanVideo"}
     for case in record["cases"]:
         assert case["name"] in told
         assert 0 < case["attention_share"] < 1
-        for row in case["methods"].values():
-            assert row["density"] < 0.5
+        rows = case["methods"]
+        assert rows["auto"]["density"] < 0.3
+        assert rows["auto"]["ceiling"] > 1
+        assert rows["kept"]["exact_density"] == 1
+        assert set(rows["hooked"]["reasons"]) == {"warm-up"}
+        for name, row in rows.items():
             assert row["speedup"] == pytest.approx(case["dense_ms"] / row["step_ms"])
-            assert row["ceiling"] > 1
-            assert set(row["reasons"]) == set()
-    assert out.with_suffix(".csv").read_text().count("toy HunyuanVideo") == 2
+            assert case["gate"][name]["kept"] < 1e-4
+            assert name == "hooked" or set(row["reasons"]) == set()
+    assert out.with_suffix(".csv").read_text().count("toy HunyuanVideo") == 3
+
+
+@pytest.mark.slow
+def test_benchmark_writes_what_it_has_at_the_deadline(tmp_path: Path) -> None:
+    script, out = str(ROOT / "benchmarks" / "e2e.py"), tmp_path / "e2e.json"
+    with pytest.raises(AssertionError, match="not measured, or not all of it: toy-wan"):
+        start(script, "--toy", "--cases", "toy-wan", "--deadline", "1", "--out", str(out), cwd=tmp_path)
+    assert json.loads(out.read_text())[-1]["failed"] == ["toy-wan"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._common import blocks, check_bhsd, eager, resolve_backend
 from ..types import Pooled, TokenOrder
+from .hopper_launch import residual_hopper, why_not_hopper
 from .reference import add_rows_reference, mean_queries_reference, residual_reference
 
 __all__ = ["add_query_means_", "mean_query_residual"]
@@ -43,7 +44,7 @@ def mean_query_residual(
         block_k: tokens in a key block.
         scale: factor of the logits.
         key_valid: bool ``[B, Sk]`` in block order, false for keys that nobody sees and that may hold NaN.
-        backend: ``"triton"``, ``"cpu"``, ``"reference"`` or ``None`` for the fastest.
+        backend: ``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"`` or ``None`` for the fastest.
 
     Returns:
         ``[B, H, Qb, D]`` in the dtype of ``query``, in block order; 0 where it would not be finite, so that a NaN in one
@@ -53,12 +54,25 @@ def mean_query_residual(
         ValueError: shapes do not fit, or ``backend`` cannot run here.
     """
     _check(query, key, value, pooled, block_q, block_k, key_valid)
-    use_triton = resolve_backend(backend, query) == "triton"
+    chosen = _resolve(backend, query, key, value, key_valid, block_k)
     table, head = (None, None) if order is None else (order.table, order.head)
     parts = (pooled.k, pooled.v, pooled.bias, pooled.bits)
     op = eager(_residual_op, query)
-    found: Tensor = op(query, key, value, *parts, table, head, key_valid, block_q, block_k, scale, use_triton)
+    found: Tensor = op(query, key, value, *parts, table, head, key_valid, block_q, block_k, scale, chosen)
     return found
+
+
+def _resolve(
+    backend: str | None, query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None, block_k: int
+) -> str:
+    """The implementation of :func:`mean_query_residual` to use."""
+    if backend in (None, "hopper"):
+        reason = why_not_hopper(query, key, value, key_valid, block_k)
+        if reason is None:
+            return "hopper"
+        if backend is not None:
+            raise ValueError(f"backend='hopper' cannot run: {reason}")
+    return resolve_backend(backend, query)
 
 
 def add_query_means_(
@@ -124,13 +138,15 @@ def _residual_op(
     block_q: int,
     block_k: int,
     scale: float,
-    use_triton: bool,
+    backend: str,
 ) -> Tensor:
     pooled = Pooled(pool_k, pool_v, bias, bits)
-    if use_triton:
+    if backend in ("hopper", "triton"):
         from .triton import mean_queries_triton, residual_triton
 
         means = mean_queries_triton(query, table, head, block_q)
+        if backend == "hopper":
+            return residual_hopper(means, key, value, pooled, block_k, scale)
         return residual_triton(means, key, value, pooled, key_valid, block_k, scale)
     means = mean_queries_reference(query, table, head, block_q)
     return residual_reference(means, key, value, pooled, key_valid, block_k, scale)

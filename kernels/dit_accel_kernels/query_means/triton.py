@@ -12,7 +12,7 @@ from .._launch import capability
 from ..aot_spec import AotSpec
 from ..types import Pooled
 
-__all__ = ["AOT_SPECS", "add_rows_triton", "mean_queries_triton", "residual_triton"]
+__all__ = ["AOT_SPECS", "add_rows_triton", "mean_queries_triton", "pooled_keys", "residual_triton", "step"]
 
 _ROWS = 32  # tokens of a block that one program handles at a time
 
@@ -110,6 +110,31 @@ def _keys(
     return new_top, all_sum * shrink + here, kept_sum * shrink + here * exact, all_acc, kept_acc
 
 
+@triton.jit
+def pooled_keys(
+    b_q, POOL_K, POOL_V, BIAS, p_bits, m_m, kb, top, kept_sum, kept_acc, scale2, channel,
+    DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the pooled keys of skipped blocks to what is kept, relative to ``top``."""
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(0, kb, BLOCK_N):
+        inside = start + o_n < kb
+        b_bias = tl.load(BIAS + start + o_n, mask=inside, other=float("-inf"))
+        inside = b_bias > float("-inf")
+        # A tile lies in one or two words of a row; pointers for each of its elements would not fit the registers.
+        low = tl.load(p_bits + start // 32, mask=m_m, other=-1)
+        high = tl.load(p_bits + start // 32 + 1, mask=m_m & ((start // 32 + 1) * 32 < kb), other=-1)
+        word = tl.where((start % 32 + o_n < 32)[None, :], low[:, None], high[:, None])
+        skipped = (((word >> ((start + o_n) % 32)[None, :]) & 1) == 0) & inside[None, :]  # [BLOCK_M, BLOCK_N]
+        b_k = _rows_of(POOL_K, start, DIM, inside, channel, DIM, BLOCK_N, True)
+        logits = tl.dot(b_q, b_k.T, input_precision=PRECISION) * scale2 + (b_bias * 1.4426950408889634)[None, :]
+        weights = tl.where(skipped, tl.exp2(logits - top[:, None]), 0.0)
+        kept_sum += tl.sum(weights, 1)
+        b_v = _rows_of(POOL_V, start, DIM, inside, channel, DIM, BLOCK_N, True)
+        kept_acc = tl.dot(weights.to(b_v.dtype), b_v, kept_acc, input_precision=PRECISION)
+    return kept_sum, kept_acc
+
+
 @triton.jit(do_not_specialize=["rows", "sk", "bits_b", "bits_h", "bias_b", "bias_h"])
 def residual_kernel(
     MEANS, K, V, POOL_K, POOL_V, BIAS, BITS, VALID, OUT, scale, rows, sk,
@@ -153,31 +178,18 @@ def residual_kernel(
             b_q, K, V, start, k_s, v_s, inside, p_bits, m_m, channel, top, all_sum, kept_sum, all_acc, kept_acc,
             scale2, BLOCK_K, DIM, BLOCK_N, True, PRECISION,
         )  # fmt: skip
-    POOL_K += plane * kb * DIM
-    POOL_V += plane * kb * DIM
-    BIAS += i_b * bias_b + i_h * bias_h
-    for start in range(0, kb, BLOCK_N):
-        inside = start + o_n < kb
-        b_bias = tl.load(BIAS + start + o_n, mask=inside, other=float("-inf"))
-        inside = b_bias > float("-inf")
-        # A tile lies in one or two words of a row; pointers for each of its elements would not fit the registers.
-        low = tl.load(p_bits + start // 32, mask=m_m, other=-1)
-        high = tl.load(p_bits + start // 32 + 1, mask=m_m & ((start // 32 + 1) * 32 < kb), other=-1)
-        word = tl.where((start % 32 + o_n < 32)[None, :], low[:, None], high[:, None])
-        skipped = (((word >> ((start + o_n) % 32)[None, :]) & 1) == 0) & inside[None, :]  # [BLOCK_M, BLOCK_N]
-        b_k = _rows_of(POOL_K, start, DIM, inside, channel, DIM, BLOCK_N, True)
-        logits = tl.dot(b_q, b_k.T, input_precision=PRECISION) * scale2 + (b_bias * 1.4426950408889634)[None, :]
-        weights = tl.where(skipped, tl.exp2(logits - top[:, None]), 0.0)
-        kept_sum += tl.sum(weights, 1)
-        b_v = _rows_of(POOL_V, start, DIM, inside, channel, DIM, BLOCK_N, True)
-        kept_acc = tl.dot(weights.to(b_v.dtype), b_v, kept_acc, input_precision=PRECISION)
+    kept_sum, kept_acc = pooled_keys(
+        b_q, POOL_K + plane * kb * DIM, POOL_V + plane * kb * DIM, BIAS + i_b * bias_b + i_h * bias_h, p_bits, m_m, kb,
+        top, kept_sum, kept_acc, scale2, channel, DIM, BLOCK_N, PRECISION,
+    )  # fmt: skip
     lacks = all_acc / all_sum[:, None] - kept_acc / kept_sum[:, None]
     lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # NaN compares false as well
     p_out = OUT + (plane * rows + o_m)[:, None] * DIM + channel[None, :]
     tl.store(p_out, lacks.to(OUT.dtype.element_ty), mask=m_mean)
 
 
-def _step(size: int, stride: int) -> int:
+def step(size: int, stride: int) -> int:
+    """A stride, 0 for a dimension that is broadcast."""
     return stride if size > 1 else 0
 
 
@@ -205,8 +217,8 @@ def residual_triton(
         residual_kernel[(triton.cdiv(rows, tiles["BLOCK_M"]), heads, batch)](
             means, key, value, pool_k, pool_v, bias, bits, valid, out, scale, rows, key.shape[2],
             *key.stride()[:3], *value.stride()[:3],
-            _step(bits.shape[0], bits.stride(0)), _step(bits.shape[1], bits.stride(1)),
-            _step(bias.shape[0], bias.stride(0)), _step(bias.shape[1], bias.stride(1)),
+            step(bits.shape[0], bits.stride(0)), step(bits.shape[1], bits.stride(1)),
+            step(bias.shape[0], bias.stride(0)), step(bias.shape[1], bias.stride(1)),
             BLOCK_K=block_k, DIM=dim, WIDTH=triton.next_power_of_2(dim), **tiles,
             HAS_VALID=key_valid is not None, PRECISION="ieee" if means.dtype == torch.float32 else "tf32",
             **options,
