@@ -30,16 +30,35 @@ from dit_accel_eval.files import append_record, read_records  # noqa: E402
 from dit_accel_eval.generate import generate  # noqa: E402
 
 #: What most variants start from: one density over the run, one budget for all heads of a layer.
-PLAIN: dict[str, Any] = {"density": 0.2, "refresh": [], "reuse": ["every:6"], "select": "top_k_layer"}
+PLAIN: dict[str, Any] = {
+    "density": 0.2,
+    "refresh": [],
+    "reuse": ["every:6"],
+    "select": "top_k_layer",
+    "block_q": 64,
+    "block_k": 64,
+}
 BRICKS = ["fhw", "fwh", "hwf", "hfw", "whf", "wfh", "brick:4x4x4", "gilbert"]
-FALL: dict[str, Any] = {"refresh": [0.2, 0.35, 0.5, 0.65, 0.8], "select": "top_k_layer", "warmup": 0.0334}
+FALL: dict[str, Any] = {"select": "top_k_layer", "warmup": 0.0334, "block_q": 64}
+
+ONE_MEAN: dict[str, Any] = {"compensate": "query_mean"}
 
 #: Label, method, options besides the work.
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("auto", "auto", {}),
-    ("steeper fall", "auto", {"density": [0.5, 0.05]}),
-    ("gentler fall", "auto", {"density": [0.3, 0.15]}),
-    ("one budget a layer", "auto", {"select": "top_k_layer"}),
+    ("auto, query blocks of 64", "auto", {"block_q": 64}),
+    ("auto, mean queries over 32", "auto", {"compensate": "query_mean:32"}),
+    ("auto, query blocks of 64, mean queries over 32", "auto", {"block_q": 64, "compensate": "query_mean:32"}),
+    ("auto, one mean query a block", "auto", ONE_MEAN),
+    ("auto, steeper fall, one mean query a block", "auto", {**ONE_MEAN, "density": [0.5, 0.05]}),
+    ("auto, gentler fall, one mean query a block", "auto", {**ONE_MEAN, "density": [0.3, 0.15]}),
+    ("auto, one dense step, one mean query a block", "auto", {**ONE_MEAN, "warmup": 0.0334}),
+    ("auto, one budget a layer", "auto", {"select": "top_k_layer"}),
+    ("auto, one density", "auto", {"density": 0.3}),
+    ("auto, no dense step", "auto", {"warmup": 0.0}),
+    ("auto, one density, no dense step", "auto", {"density": 0.3, "warmup": 0.0}),
+    ("auto, gentler fall, no dense step", "auto", {"density": [0.3, 0.2], "warmup": 0.0}),
+    ("auto, rising density, no dense step", "auto", {"density": [0.2, 0.3], "warmup": 0.0}),
     ("plain", "auto", PLAIN),
     ("plain, one budget a head", "auto", {**PLAIN, "select": "top_k_head"}),
     ("plain, one budget a row", "auto", {**PLAIN, "select": "top_k"}),
@@ -57,14 +76,18 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("plain, no dense step", "auto", {**PLAIN, "warmup": 0.0}),
     ("plain, key blocks of 32", "auto", {**PLAIN, "block_k": 32}),
     ("plain, query blocks of 32", "auto", {**PLAIN, "block_q": 32}),
-    ("plain, query blocks of 128", "auto", {**PLAIN, "block_q": 128}),
-    ("plain, blocks of 128 x 128", "auto", {**PLAIN, "block_q": 128, "block_k": 128}),
+    ("plain, query blocks of 128", "auto", {**PLAIN, **ONE_MEAN, "block_q": 128}),
+    ("plain, blocks of 128 x 128", "auto", {**PLAIN, **ONE_MEAN, "block_q": 128, "block_k": 128}),
     ("one dense step, density falls by 3.75", "auto", {**FALL, "density": [0.45, 0.12]}),
     ("one dense step, density falls by 2", "auto", {**FALL, "density": [0.35, 0.17]}),
     ("one dense step, density rises by 2", "auto", {**FALL, "density": [0.17, 0.35]}),
     ("union", "union", {}),
     ("pisa", "pisa", {}),
     ("svg1", "svg1", {}),
+    ("psa", "psa", {}),
+    ("subblock", "subblock", {}),
+    ("streaming", "streaming", {}),
+    ("llsa_lite", "llsa_lite", {}),
 ]
 
 
@@ -145,9 +168,10 @@ def table(path: Path) -> str:
     records = [record for file in files if file.is_file() for record in read_records(file)]
     if not records:
         raise SystemExit(f"no records in {path} or beside it")
-    lines = ["| variant | work | PSNR, dB | worst prompt |", "|---|---|---|---|"]
-    for record in sorted(records, key=lambda r: (-r["asked"], -r["psnr"])):
-        lines.append(f"| {record['label']} | {record['work']:.3f} | {record['psnr']:.2f} | {min(record['each']):.1f} |")
+    lines = ["| variant | steps | work | PSNR, dB | worst prompt |", "|---|---|---|---|---|"]
+    for record in sorted(records, key=lambda r: (-r["call"]["num_inference_steps"], -r["asked"], -r["psnr"])):
+        told = f"{record['work']:.3f} | {record['psnr']:.2f} | {min(record['each']):.1f}"
+        lines.append(f"| {record['label']} | {record['call']['num_inference_steps']} | {told} |")
     return "\n".join(lines)
 
 
