@@ -1,8 +1,9 @@
 """What planning costs beside one dense attention, and how much memory a call takes: ``python benchmarks/planning.py``.
 
-Each part takes turns with dense cuDNN attention of the same shape; the median of the rounds counts. The parts are those of
+All parts take turns with dense cuDNN attention of the same shape; the median of the rounds counts. The parts are those of
 a plan by exact mass (the preset ``union``): block mass, choice among six axis orders by recalled mass, selection and lists,
-once on all queries and once on 16 of each block; then the planner itself, for the presets ``union`` and ``auto``. Memory is
+once on all queries and once on 16 of each block; then the planner itself, for the presets ``union`` and ``auto``, and its
+parts for ``auto``. ``--parts auto --block-k 64`` times what ``auto`` does with its own blocks, and nothing else. Memory is
 what a call allocates at its peak over what is there before and the output, as a share of q, k, v and the output together.
 What was measured is printed and written as it comes.
 """
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,11 +28,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
 from hopper import CUDNN, dense, in_turns, trust  # noqa: E402
 
+from dit_accel.choice import CHOICES  # noqa: E402
 from dit_accel.choice._registry import fixed_order, sampled_rows  # noqa: E402
 from dit_accel.geometry import TokenGeometry  # noqa: E402
 from dit_accel.order import token_order  # noqa: E402
 from dit_accel.planner import Planner  # noqa: E402
 from dit_accel.presets import get_method  # noqa: E402
+from dit_accel.score import block_scores  # noqa: E402
 from dit_accel_kernels import (  # noqa: E402
     block_mass,
     block_sparse_attention,
@@ -44,8 +46,15 @@ from dit_accel_kernels import (  # noqa: E402
 from dit_accel_kernels.lists import pack_bits  # noqa: E402
 from dit_accel_kernels.types import Pooled, TokenOrder  # noqa: E402
 
-SHAPES = {"H12 S32768 d128": (12, (32, 32, 32)), "H40 S75600 d128": (40, (21, 45, 80))}  # the latter is Wan 14B at 720p
-TOY = {"H4 S1024 d128": (4, (16, 8, 8))}
+# The second is Wan 14B at 720p, the third at 480p, the fourth FLUX at 1024 x 1024 with its text, the last CogVideoX.
+SHAPES = {
+    "H12 S32768 d128": (12, (32, 32, 32), 128),
+    "H40 S75600 d128": (40, (21, 45, 80), 128),
+    "H40 S32760 d128": (40, (21, 30, 52), 128),
+    "H24 S4608 d128": (24, (1, 64, 72), 128),
+    "H48 S17550 d64": (48, (13, 30, 45), 64),
+}
+TOY = {"H4 S1024 d128": (4, (16, 8, 8), 128)}
 BLOCK_Q, DENSITY, SAMPLE = 128, 0.2, 16
 
 
@@ -93,14 +102,31 @@ class Problem:
 
     def planner(self, preset: str) -> Callable[[], Any]:
         """The planner of a preset, as a run calls it."""
-        method = replace(get_method(preset), block_q=BLOCK_Q, block_k=self.block_k)
-        planner = Planner(method)
+        planner = self._planner(preset)
+        return lambda: planner.plan(self._context(planner))
 
-        def call() -> Any:
-            options: dict[str, Any] = {"density": DENSITY, "scale": None}
-            return planner.plan(planner.context(self.q, self.k, self.v, self.lse, self.geometry, **options))
+    def _planner(self, preset: str) -> Planner:
+        return Planner(replace(get_method(preset), block_q=BLOCK_Q, block_k=self.block_k))
 
-        return call
+    def _context(self, planner: Planner, order: TokenOrder | None = None) -> Any:
+        options: dict[str, Any] = {"density": DENSITY, "scale": None, "order": order}
+        return planner.context(self.q, self.k, self.v, self.lse, self.geometry, **options)
+
+    def parts_of_auto(self) -> dict[str, Callable[[], Any]]:
+        """What the planner of ``auto`` does, one after the other."""
+        planner = self._planner("auto")
+        layout = planner.layout(self.geometry, self.q.device)
+        choice = planner.method.order_choice
+        ctx = self._context(planner, self.order)
+        scores = block_scores(ctx)
+        levels, capacity = planner._select(ctx, layout.names, scores)
+        return {
+            "auto: choice of orders": lambda: CHOICES.create(choice, self._context(planner), layout.table),
+            "auto: scores": lambda: block_scores(self._context(planner, self.order)),
+            "auto: selection": lambda: planner._select(ctx, layout.names, scores),
+            "auto: bits, lists and density": lambda: planner._complete(ctx, layout.names, levels, scores, capacity),
+            "auto: a plan in an order": lambda: planner.plan(self._context(planner, self.order)),
+        }
 
 
 def parts(p: Problem) -> dict[str, Callable[[], Any]]:
@@ -121,6 +147,7 @@ def parts(p: Problem) -> dict[str, Callable[[], Any]]:
         f"plan, {SAMPLE} of {BLOCK_Q}": lambda: p.planned(SAMPLE),
         "planner of union": p.planner("union"),
         "planner of auto": p.planner("auto"),
+        **p.parts_of_auto(),
     }
     if p.q.is_cuda:
         calls["block mass, triton"] = lambda: p.mass(backend="triton")
@@ -166,8 +193,8 @@ def toy(device: torch.device, block_k: int) -> int:
     """Run every part once at a tiny size; on a GPU all kernels are then compiled."""
     if device.type == "cuda":
         trust(128)
-    for heads, grid in TOY.values():
-        p = Problem(heads, grid, 128, device, block_k)
+    for heads, grid, dim in TOY.values():
+        p = Problem(heads, grid, dim, device, block_k)
         for name, call in parts(p).items():
             call()
             sys.stdout.write(f"{name}: ran\n")
@@ -178,28 +205,32 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print a table and write JSON to ``$OUT``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a tiny shape, nothing is timed")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES)[:2], choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--block-k", type=int, default=128)
+    parser.add_argument("--parts", default="", help="only parts whose name contains this text, and no memory")
     args = parser.parse_args(argv)
     if args.toy or not torch.cuda.is_available():
         return toy(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.block_k)
-    trust(128)
     rows: list[dict[str, Any]] = []
     peaks: dict[str, dict[str, float]] = {}
     for shape in args.shapes:
-        heads, grid = SHAPES[shape]
-        p = Problem(heads, grid, 128, torch.device("cuda"), args.block_k)
-        flops = 4.0 * heads * p.geometry.tokens**2 * 128
-        for name, call in parts(p).items():
-            try:
-                calls = {CUDNN: (partial(dense, p.q, p.k, p.v), flops), name: (call, flops)}
-                times = {row.what: row.ms for row in in_turns(shape, f"128x{args.block_k}", calls, args.rounds)}
-                rows.append({"shape": shape, "part": name, "ms": times[name], "of_dense": times[name] / times[CUDNN]})
-                say(f"{shape:<16} {name:<32} {times[name]:>8.3f} ms {times[name] / times[CUDNN]:>7.3f} of dense")
-            except Exception:  # the other parts are still worth having
-                traceback.print_exc(file=sys.stdout)
-            save(rows, peaks, args.block_k)
+        heads, grid, dim = SHAPES[shape]
+        trust(dim)
+        p = Problem(heads, grid, dim, torch.device("cuda"), args.block_k)
+        flops = 4.0 * heads * p.geometry.tokens**2 * dim
+        chosen = {name: (call, flops) for name, call in parts(p).items() if args.parts in name}
+        attend = (partial(dense, p.q, p.k, p.v), flops)
+        times = {
+            row.what: row.ms for row in in_turns(shape, f"128x{args.block_k}", {CUDNN: attend, **chosen}, args.rounds)
+        }
+        for name in [name for name in chosen if name in times]:  # a part that failed has said so
+            share = times[name] / times[CUDNN]
+            rows.append({"shape": shape, "part": name, "ms": times[name], "of_dense": share})
+            say(f"{shape:<16} {name:<32} {times[name]:>8.3f} ms {share:>7.3f} of dense ({times[CUDNN]:.3f} ms)")
+        save(rows, peaks, args.block_k)
+        if args.parts:
+            continue
         peaks[shape] = memory(p)
         for name, share in peaks[shape].items():
             say(f"{shape:<16} peak memory, {name:<40} {100 * share:>6.2f} %")

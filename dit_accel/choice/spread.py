@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.choice._registry import CHOICES, kept_blocks, sampled_count, sampled_rows
 from dit_accel.context import PlanContext
 from dit_accel.geometry import TokenGeometry
-from dit_accel.score.spread import moments, spread_of
+from dit_accel.score.spread import expected_errors
 
 __all__ = ["order_error"]
 
@@ -22,26 +22,13 @@ def _cost(method: object, geometry: TokenGeometry, candidates: int) -> float:
 def order_error(ctx: PlanContext, table: Tensor) -> Tensor:
     """Squared error that block statistics expect of the blocks that would be skipped, float32 ``[N, H]``.
 
-    Looks at sampled rows of blocks; see :func:`dit_accel.score.spread.spread_of`.
+    Looks at sampled rows of blocks; see :func:`dit_accel.score.spread.expected_errors`.
 
     Raises:
         ValueError: the caller of the planner gave no values.
     """
-    if ctx.value is None:
-        raise ValueError("order_choice 'spread' looks at the values, and the caller of the planner gave none")
-    rows = sampled_rows(ctx.q_blocks, table.device).long()
-    kept = kept_blocks(ctx.density, ctx.k_blocks)
-    places = rows[:, None] * ctx.block_q + torch.arange(ctx.block_q, device=table.device)
-    places = places.flatten().clamp(max=ctx.query.shape[2] - 1)  # a ragged last block repeats its last token
-    errors = torch.empty(table.shape[0], ctx.query.shape[1], device=table.device)
-    for i, order in enumerate(table.long()):
-        valid = None if ctx.key_valid is None else ctx.key_valid[:, order]
-        for head in range(ctx.query.shape[1]):
-            q = moments(ctx.query[:, head].index_select(1, order[places]), ctx.block_q)
-            k = moments(ctx.key[:, head].index_select(1, order), ctx.block_k, valid)
-            v = moments(ctx.value[:, head].index_select(1, order), ctx.block_k, valid)
-            left = spread_of(q, k, v, ctx.scale).square().sort(dim=-1, descending=True).values[..., kept:]
-            errors[i, head] = left.sum(-1).mean()
+    rows = sampled_rows(ctx.q_blocks, table.device)
+    errors = expected_errors(ctx, table, rows, kept_blocks(ctx.density, ctx.k_blocks))
     ctx.spend(table.shape[0] * rows.shape[0] / (ctx.query.shape[2] * ctx.block_k))
     return errors
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from dit_accel.compensate._registry import COMPENSATIONS, Compensation, SparseCall
+from dit_accel.mask import BlockMask
 from dit_accel_kernels.query_means import add_query_means_, mean_query_residual
 
 
@@ -22,6 +24,7 @@ class _QueryMean(Compensation):
 
     def __init__(self, queries: int | None) -> None:
         self._queries = queries
+        self._bits: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 
     def _parts(self, block_q: int) -> int:
         """Mean queries of a block."""
@@ -34,8 +37,11 @@ class _QueryMean(Compensation):
         together = mask.block_q // parts
         pooled = call.pooled
         if parts > 1:  # each part of a block keeps what the block keeps
-            rows = -(-call.query.shape[2] // together)
-            pooled = replace(pooled, bits=pooled.bits.repeat_interleave(parts, dim=2)[:, :, :rows])
+            bits = self._bits.get(mask)
+            if bits is None:
+                rows = -(-call.query.shape[2] // together)
+                bits = self._bits[mask] = pooled.bits.repeat_interleave(parts, dim=2)[:, :, :rows].contiguous()
+            pooled = replace(pooled, bits=bits)
         residual = mean_query_residual(
             call.query,
             call.key,

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_HEAD_DIM", "blocks", "check_bhsd", "eager", "resolve_backend", "split_head_dim", "triton_reason"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "blocks",
+    "check_bhsd",
+    "eager",
+    "next_power_of_2",
+    "resolve_backend",
+    "split_head_dim",
+    "triton_reason",
+]
 
 MAX_HEAD_DIM = 256
 # Constants, not cached functions: torch.compile traces through what uses them.
@@ -19,6 +28,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def blocks(tokens: int, block: int) -> int:
     """Number of blocks of ``block`` tokens that cover ``tokens``, the last one possibly ragged."""
     return (tokens + block - 1) // block
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not below ``size``; triton's own takes the host 2 to 4 microseconds."""
+    return 1 << (size - 1).bit_length()
 
 
 def check_bhsd(name: str, x: Tensor) -> None:

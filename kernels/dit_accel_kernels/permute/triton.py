@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import blocks
+from .._common import blocks, next_power_of_2
 from ..aot_spec import AotSpec
 from ..stats.triton import valid_counts
 
 __all__ = ["AOT_SPECS", "permute_and_pool_triton", "permute_triton"]
 
 _ROWS = 32
+_POOL_ROWS, _POOL_WARPS = 64, 4
 
 
 # Counts are not specialised: another number of tokens must not compile another kernel.
@@ -89,7 +90,7 @@ def permute_triton(x: Tensor, table: Tensor, head: Tensor, inverse: bool) -> Ten
     with torch.cuda.device_of(x):
         permute_kernel[(blocks(tokens, _ROWS), heads, batch)](
             x, table.contiguous(), head.contiguous(), out, tokens, *x.stride()[:3],
-            DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, INVERSE=inverse, num_warps=4,
+            DIM=dim, WIDTH=next_power_of_2(dim), ROWS=_ROWS, INVERSE=inverse, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -108,8 +109,8 @@ def permute_and_pool_triton(
             k, v, table.contiguous(), head.contiguous(),
             k if key_valid is None else key_valid.contiguous().view(torch.uint8),
             out_k, out_v, mean_k, mean_v, tokens, count, *k.stride()[:3], *v.stride()[:3], tokens,
-            BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=min(_ROWS, triton.next_power_of_2(block)),
-            HAS_VALID=key_valid is not None, num_warps=4,
+            BLOCK=block, DIM=dim, WIDTH=next_power_of_2(dim),
+            ROWS=min(_POOL_ROWS, next_power_of_2(block)), HAS_VALID=key_valid is not None, num_warps=_POOL_WARPS,
         )  # fmt: skip
     return out_k, out_v, mean_k, mean_v, valid_counts(tokens, block, key_valid, k.device)
 
@@ -144,7 +145,7 @@ def _specs(dim: int, width: int, dtype: str, valid: bool) -> list[AotSpec]:
                 "permute_and_pool",
                 permute_and_pool_kernel,
                 pools,
-                {"BLOCK": 64} | shape | {"HAS_VALID": valid},
+                {"BLOCK": 64} | shape | {"ROWS": _POOL_ROWS, "HAS_VALID": valid},
                 ("K", "V", "OUT_K", "OUT_V", *strides),
             ),
         )

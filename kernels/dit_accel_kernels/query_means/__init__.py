@@ -13,10 +13,34 @@ from torch import Tensor
 
 from .._common import blocks, check_bhsd, eager, resolve_backend
 from ..types import Pooled, TokenOrder
-from .hopper_launch import residual_hopper, why_not_hopper
+from .hopper_launch import residual_hopper, self_test, why_not_hopper
 from .reference import add_rows_reference, mean_queries_reference, residual_reference
 
-__all__ = ["add_query_means_", "mean_query_residual"]
+__all__ = ["add_query_means_", "mean_queries", "mean_query_residual"]
+
+
+def mean_queries(query: Tensor, *, order: TokenOrder | None = None, block_q: int, backend: str | None = None) -> Tensor:
+    """Mean of the queries of each block.
+
+    Args:
+        query: ``[B, H, Sq, D]`` in natural order, any strides, last dimension contiguous.
+        order: permutation under which query blocks are formed; ``None`` is natural order.
+        block_q: tokens in a query block.
+        backend: ``"triton"``, ``"cpu"``, ``"reference"`` or ``None`` for the fastest.
+
+    Returns:
+        ``[B, H, ceil(Sq / block_q), D]`` in the dtype of ``query``, in block order.
+
+    Raises:
+        ValueError: shapes do not fit, or ``backend`` cannot run here.
+    """
+    check_bhsd("query", query)
+    if block_q < 1:
+        raise ValueError(f"a block must hold at least one token, got {block_q=}")
+    table, head = (None, None) if order is None else (order.table, order.head)
+    use_triton = resolve_backend(backend, query) == "triton"
+    found: Tensor = eager(_means_op, query)(query, table, head, block_q, use_triton)
+    return found
 
 
 def mean_query_residual(
@@ -65,11 +89,11 @@ def mean_query_residual(
 def _resolve(
     backend: str | None, query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None, block_k: int
 ) -> str:
-    """The implementation of :func:`mean_query_residual` to use."""
+    """The implementation of :func:`mean_query_residual` to use; ``"tested"`` is ``"hopper"`` if its self-test passes."""
     if backend in (None, "hopper"):
         reason = why_not_hopper(query, key, value, key_valid, block_k)
         if reason is None:
-            return "hopper"
+            return backend or "tested"
         if backend is not None:
             raise ValueError(f"backend='hopper' cannot run: {reason}")
     return resolve_backend(backend, query)
@@ -123,6 +147,21 @@ def _check(
         raise ValueError(f"key_valid must be {[batch, key.shape[2]]}, got {list(key_valid.shape)}")
 
 
+@torch.library.custom_op("dit_accel_kernels::mean_queries", mutates_args=())
+def _means_op(query: Tensor, table: Tensor | None, head: Tensor | None, block_q: int, use_triton: bool) -> Tensor:
+    if use_triton:
+        from .triton import mean_queries_triton
+
+        return mean_queries_triton(query, table, head, block_q)
+    return mean_queries_reference(query, table, head, block_q)
+
+
+@_means_op.register_fake
+def _(query: Tensor, table: Tensor | None, head: Tensor | None, block_q: int, use_triton: bool) -> Tensor:
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, heads, blocks(tokens, block_q), dim)
+
+
 @torch.library.custom_op("dit_accel_kernels::mean_query_residual", mutates_args=())
 def _residual_op(
     query: Tensor,
@@ -141,10 +180,12 @@ def _residual_op(
     backend: str,
 ) -> Tensor:
     pooled = Pooled(pool_k, pool_v, bias, bits)
-    if backend in ("hopper", "triton"):
+    if backend in ("tested", "hopper", "triton"):
         from .triton import mean_queries_triton, residual_triton
 
         means = mean_queries_triton(query, table, head, block_q)
+        if backend == "tested" and self_test(query.device, query.dtype, query.shape[3], block_k) is None:
+            backend = "hopper"
         if backend == "hopper":
             return residual_hopper(means, key, value, pooled, block_k, scale)
         return residual_triton(means, key, value, pooled, key_valid, block_k, scale)

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import blocks
+from .._common import blocks, next_power_of_2
 from .._launch import capability
 from ..aot_spec import AotSpec
 from ..types import Pooled
 
 __all__ = ["AOT_SPECS", "add_rows_triton", "mean_queries_triton", "pooled_keys", "residual_triton", "step"]
 
-_ROWS = 32  # tokens of a block that one program handles at a time
+# Tokens of a block that a program handles at a time: many loads at once, but no more than registers hold.
+_MEAN_ROWS, _ADD_ROWS = 128, 32
 
 
 # Numbers of tokens are not specialised: another one must not compile another kernel.
@@ -56,10 +57,11 @@ def block_rows_kernel(
 def _block_rows(x: Tensor, rows: Tensor, table: Tensor | None, head: Tensor | None, block: int, *, add: bool) -> None:
     batch, heads, tokens, dim = x.shape
     count = blocks(tokens, block)
+    rows_at_once = _ADD_ROWS if add else _MEAN_ROWS
     with torch.cuda.device_of(x):
         block_rows_kernel[(count, heads, batch)](
             x, rows, x if table is None else table, x if head is None else head, tokens, count, *x.stride()[:3],
-            BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), STEP=min(_ROWS, triton.next_power_of_2(block)),
+            BLOCK=block, DIM=dim, WIDTH=next_power_of_2(dim), STEP=min(rows_at_once, next_power_of_2(block)),
             HAS_ORDER=table is not None, ADD=add, num_warps=4,
         )  # fmt: skip
 
@@ -113,14 +115,15 @@ def _keys(
 @triton.jit
 def pooled_keys(
     b_q, POOL_K, POOL_V, BIAS, p_bits, m_m, kb, top, kept_sum, kept_acc, scale2, channel,
-    DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_N: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the pooled keys of skipped blocks to what is kept, relative to ``top``."""
+    """Add the pooled keys of skipped blocks to what is kept, relative to ``top``; HIDDEN: some have no keys at all."""
     o_n = tl.arange(0, BLOCK_N)
     for start in range(0, kb, BLOCK_N):
         inside = start + o_n < kb
         b_bias = tl.load(BIAS + start + o_n, mask=inside, other=float("-inf"))
-        inside = b_bias > float("-inf")
+        if HIDDEN:  # else loads do not wait for the bias
+            inside = b_bias > float("-inf")
         # A tile lies in one or two words of a row; pointers for each of its elements would not fit the registers.
         low = tl.load(p_bits + start // 32, mask=m_m, other=-1)
         high = tl.load(p_bits + start // 32 + 1, mask=m_m & ((start // 32 + 1) * 32 < kb), other=-1)
@@ -180,7 +183,7 @@ def residual_kernel(
         )  # fmt: skip
     kept_sum, kept_acc = pooled_keys(
         b_q, POOL_K + plane * kb * DIM, POOL_V + plane * kb * DIM, BIAS + i_b * bias_b + i_h * bias_h, p_bits, m_m, kb,
-        top, kept_sum, kept_acc, scale2, channel, DIM, BLOCK_N, PRECISION,
+        top, kept_sum, kept_acc, scale2, channel, DIM, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     lacks = all_acc / all_sum[:, None] - kept_acc / kept_sum[:, None]
     lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # NaN compares false as well
@@ -214,12 +217,12 @@ def residual_triton(
         raise ValueError(f"key blocks must be 16, 32 or a multiple of 64 tokens, got block_k={block_k}")
     valid = means if key_valid is None else key_valid.contiguous().view(torch.uint8)
     with torch.cuda.device_of(means):
-        residual_kernel[(triton.cdiv(rows, tiles["BLOCK_M"]), heads, batch)](
+        residual_kernel[(blocks(rows, tiles["BLOCK_M"]), heads, batch)](
             means, key, value, pool_k, pool_v, bias, bits, valid, out, scale, rows, key.shape[2],
             *key.stride()[:3], *value.stride()[:3],
             step(bits.shape[0], bits.stride(0)), step(bits.shape[1], bits.stride(1)),
             step(bias.shape[0], bias.stride(0)), step(bias.shape[1], bias.stride(1)),
-            BLOCK_K=block_k, DIM=dim, WIDTH=triton.next_power_of_2(dim), **tiles,
+            BLOCK_K=block_k, DIM=dim, WIDTH=next_power_of_2(dim), **tiles,
             HAS_VALID=key_valid is not None, PRECISION="ieee" if means.dtype == torch.float32 else "tf32",
             **options,
         )  # fmt: skip
@@ -233,7 +236,7 @@ def _residual_spec(dim: int, dtype: str, valid: bool, targets: tuple[str, ...]) 
     pointers = {name: f"*{dtype}" for name in ("MEANS", "K", "V", "POOL_K", "POOL_V")}
     pointers |= {"BIAS": "*fp32", "BITS": "*i32", "VALID": "*u8", "OUT": f"*{dtype}"}
     tiles, options = _tiles(90 if "sm_90" in targets else 0, dim, 64)
-    constants = {"BLOCK_K": 64, "DIM": dim, "WIDTH": triton.next_power_of_2(dim), "HAS_VALID": valid}
+    constants: dict[str, object] = {"BLOCK_K": 64, "DIM": dim, "WIDTH": next_power_of_2(dim), "HAS_VALID": valid}
     constants |= {"PRECISION": "tf32", **tiles}
     return AotSpec(
         name=f"query_means/residual/d{dim}/{dtype}{'/valid' if valid else ''}/{tiles['BLOCK_M']}",
@@ -256,7 +259,14 @@ def _rows_spec(dim: int, add: bool) -> AotSpec:
         signature={"X": "*bf16", "ROWS_OF": "*bf16", "TABLE": "*i32", "HEAD": "*i32"}
         | {name: "i32" for name in ("tokens", "count", "stride_b", "stride_h", "stride_s")}
         | {name: "constexpr" for name in ("BLOCK", "DIM", "WIDTH", "STEP", "HAS_ORDER", "ADD")},
-        constexprs=dict(BLOCK=64, DIM=dim, WIDTH=triton.next_power_of_2(dim), STEP=_ROWS, HAS_ORDER=True, ADD=add),
+        constexprs={
+            "BLOCK": 128,
+            "DIM": dim,
+            "WIDTH": next_power_of_2(dim),
+            "STEP": _ADD_ROWS if add else _MEAN_ROWS,
+            "HAS_ORDER": True,
+            "ADD": add,
+        },
         options={"num_warps": 4},
         divisible_by_16=("X", "ROWS_OF", "stride_b", "stride_h", "stride_s"),
     )

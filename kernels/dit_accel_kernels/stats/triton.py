@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common import blocks
+from .._common import blocks, next_power_of_2
 from ..aot_spec import AotSpec
 
 __all__ = ["AOT_SPECS", "block_stats_triton", "valid_counts"]
@@ -47,12 +47,30 @@ def block_stats_kernel(
 
 def valid_counts(tokens: int, block: int, key_valid: Tensor | None, device: torch.device) -> Tensor:
     """int32 ``[B|1, Kb]`` valid tokens of each block; small enough for plain torch."""
-    count = blocks(tokens, block)
     if key_valid is None:
-        first = torch.arange(count, device=device, dtype=torch.int32) * block
-        return (tokens - first).clamp(max=block)[None]
+        return _all_valid(tokens, block, device).clone()  # a compiler may reuse what an operator has returned
+    count = blocks(tokens, block)
     padded = torch.nn.functional.pad(key_valid.to(torch.uint8), (0, count * block - tokens))
     return padded.view(-1, count, block).sum(2, dtype=torch.int32)
+
+
+_counts: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _all_valid(tokens: int, block: int, device: torch.device) -> Tensor:
+    """Tokens of each block, int32 ``[1, Kb]``; kept, since four small operations in each call are felt."""
+    known = _counts.get((tokens, block, device))
+    if known is not None:
+        return known
+    with torch.inference_mode(False):
+        first = torch.arange(blocks(tokens, block), device=device, dtype=torch.int32) * block
+        made = (tokens - first).clamp(max=block)[None]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return made  # its memory is the graph's, and nothing is in it yet
+    if len(_counts) >= 16:
+        _counts.clear()
+    _counts[tokens, block, device] = made
+    return made
 
 
 def block_stats_triton(x: Tensor, block: int, key_valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +83,7 @@ def block_stats_triton(x: Tensor, block: int, key_valid: Tensor | None) -> tuple
         block_stats_kernel[(count, heads, batch)](
             x, x if key_valid is None else key_valid.contiguous().view(torch.uint8), mean, absmax, tokens, count,
             *x.stride()[:3], tokens,
-            BLOCK=block, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=min(32, triton.next_power_of_2(block)),
+            BLOCK=block, DIM=dim, WIDTH=next_power_of_2(dim), ROWS=min(32, next_power_of_2(block)),
             HAS_VALID=key_valid is not None, num_warps=4,
         )  # fmt: skip
     return mean, absmax, valid_counts(tokens, block, key_valid, x.device)
