@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -44,7 +45,14 @@ SHAPES = {
 CASES = ((1.0, False), (0.5, False), (0.25, False), (0.1, False), (0.25, True), (0.1, True))
 LONG_CASES = ((0.25, False), (0.25, True))
 FLUX_SHORT = (24, 4608, 128)  # FLUX at 1024 x 1024 with its text
-WARM_LIMIT_S = 100.0
+# Stride, brick, and tokens of the blocks of queries and keys.
+WINDOW_PLANS: dict[str, tuple[Any, tuple[int, int, int], int, int]] = {
+    "GNA stride 16x8x8": ((16, 8, 8), (2, 8, 8), 128, 128),
+    "NA, bricks 8x4x4": (1, (8, 4, 4), 128, 128),
+    "NA, bricks 4x4x4": (1, (4, 4, 4), 128, 64),
+    "NA, Triton, 4x4x4": (1, (4, 4, 4), 64, 64),
+}
+WARM_LIMIT_S = 60.0
 CUDNN = "cuDNN dense"
 
 
@@ -66,9 +74,8 @@ def variants(dim: int) -> dict[str, HopperConfig]:
     base = hopper_config(dim)
     return {
         "default": base,
-        "2 rounds": replace(base, sorted_rounds=2),
-        "6 rounds": replace(base, sorted_rounds=6),
-        "in order": replace(base, sorted_rounds=0),
+        "bias first": replace(base, late_bias=False),
+        "consumers gather": replace(base, fetch=False),
     }
 
 
@@ -99,53 +106,65 @@ def remainder(k: Tensor, v: Tensor, levels: Tensor) -> Pooled:
     size = k.shape[2] // blocks
     means = [x.float().reshape(1, x.shape[1], blocks, size, x.shape[3]).mean(3).to(x.dtype) for x in (k, v)]
     bias = torch.full((1, 1, blocks), float(size), device=k.device).log()
-    return Pooled(*means, bias, pack_bits(levels))
+    return Pooled(means[0], means[1], bias, pack_bits(levels))
 
 
-def warm(dim: int, name: str) -> int:
-    """Compile a variant with and without a remainder and compare it with the reference."""
+def warm(dim: int, block_k: int, flags: str, name: str) -> int:
+    """Compile a variant and compare it with the reference: ``p`` remainder, ``o`` order, ``v`` padding, ``n`` no LSE."""
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
     from dit_accel_kernels.block_sparse.reference import block_sparse_reference
 
-    q, k, v, levels = make(6, 6144, dim, 0.2, uneven=True)
-    lists = to_lists(levels)
-    options: list[Pooled | None] = [None, remainder(k, v, levels)] if name == "default" else [None]
-    order = TokenOrder(torch.randperm(6144, device="cuda").int()[None], torch.zeros(6).int().cuda())
-    for pooled in options:
-        call: dict[str, Any] = {"scale": dim**-0.5, "pooled": pooled}
-        call["order"] = None if pooled is None else order
-        out, lse = block_sparse_hopper(q, k, v, lists, config=variants(dim)[name], return_lse=True, **call)
-        torch.cuda.synchronize()
-        if pooled is not None:
-            call["pooled"] = replace(pooled, k=pooled.k.float(), v=pooled.v.float())
-        want, want_lse = block_sparse_reference(q.float(), k.float(), v.float(), lists, **call)
-        error = ((out.float() - want).norm() / want.norm()).item()
-        off = (lse - want_lse).abs().max().item()
-        sys.stdout.write(f"relative error {error:.2e}, log-sum-exp {off:.2e}\n")
-        if not (error < 6e-3 and off < 2e-3):
-            return 1
-    return 0
+    q, k, v, levels = make(6, 6144, dim, 0.2, uneven=True, block_k=block_k)
+    lists = to_lists(levels, block_k)
+    call: dict[str, Any] = {"scale": dim**-0.5}
+    if "p" in flags:
+        call["pooled"] = remainder(k, v, levels)
+    if "o" in flags:
+        call["order"] = TokenOrder(torch.randperm(6144, device="cuda").int()[None], torch.zeros(6).int().cuda())
+    if "v" in flags:
+        call["key_valid"] = (torch.arange(6144, device="cuda") < 6000)[None]
+    out, lse = block_sparse_hopper(q, k, v, lists, config=variants(dim)[name], return_lse="n" not in flags, **call)
+    torch.cuda.synchronize()
+    if "p" in flags:
+        call["pooled"] = replace(call["pooled"], k=call["pooled"].k.float(), v=call["pooled"].v.float())
+    want, want_lse = block_sparse_reference(q.float(), k.float(), v.float(), lists, **call)
+    error = ((out.float() - want).norm() / want.norm()).item()
+    seen = want_lse.isfinite()
+    off = 0.0 if "n" in flags else (lse - want_lse)[seen].abs().max().item()
+    sys.stdout.write(f"relative error {error:.2e}, log-sum-exp {off:.2e}\n")
+    return int(not (error < 6e-3 and off < 2e-3))
 
 
-def gate() -> dict[tuple[int, str], str]:
+def warm_windows(name: str) -> int:
+    """Compile what a plan with windows needs, on a small grid, and compare some rows with the window spelled out."""
+    calls = window_calls((32, 32, 32), (18, 24, 24), 3, only=name)
+    sys.stdout.write(f"{len(calls)} windows right\n")
+    return int(not calls)
+
+
+def gate() -> dict[str, str]:
     """Warm all variants at once; returns what each that failed said."""
+    tasks = [f"{dim} 128  default" for dim in (128, 64)] + ["128 128 n default"]
+    tasks += [f"128 {block_k} {flags} default" for block_k in (128, 64) for flags in ("p", "o", "po", "v", "")]
+    tasks += ["128 64 p bias_first", "128 64 v bias_first", "128 64 po consumers_gather", "128 128 o consumers_gather"]
+    tasks = list(dict.fromkeys(tasks)) + [f"windows {name}" for name in WINDOW_PLANS]
     running = {}
-    for dim in (128, 64):
-        for name in variants(dim):
-            command = [sys.executable, str(Path(__file__).resolve()), "--warm", str(dim), name]
-            pipe = subprocess.PIPE
-            running[dim, name] = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    for task in tasks:
+        words = ["--warm-windows", task.removeprefix("windows ")] if task.startswith("windows ") else None
+        words = words or ["--warm", *task.replace("  ", " - ").split()]
+        command = [sys.executable, str(Path(__file__).resolve()), *words]
+        running[task] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     failed, end = {}, time.monotonic() + WARM_LIMIT_S
-    for key, process in running.items():
+    for task, process in running.items():
         try:
             said, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             said = "still running (hang?): " + process.communicate()[0]
         lines = [line for line in said.strip().splitlines() if line]
-        sys.stdout.write(f"gate d{key[0]} {key[1]:<22} {'; '.join(lines[-2:])[:150]}\n")
+        sys.stdout.write(f"gate {task:<28} {'; '.join(lines[-2:])[:150]}\n")
         if process.returncode:
-            failed[key] = said[-1500:]
+            failed[task] = said[-1500:]
     return failed
 
 
@@ -164,14 +183,18 @@ def timed(call: Callable[[], Any], budget_s: float = 0.06) -> float:
         call()
         stop.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+    return float(statistics.median(start.elapsed_time(stop) for start, stop in events))
 
 
 def in_turns(shape: str, case: str, calls: dict[str, tuple[Callable[[], Any], float]], rounds: int) -> list[Row]:
     """Rows of a case: each call with its number of floating-point operations, in turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, (call, _) in calls.items():
+    names = list(calls)
+    for turn in range(rounds):
+        # Whatever follows a heavier kernel finds a lower clock: each round has another order.
+        at = turn % len(names)
+        for name in (names[at:] + names[:at])[:: 1 if turn % 2 == 0 else -1]:
+            call = calls[name][0]
             try:
                 times[name].append(timed(call))
             except Exception as error:
@@ -189,10 +212,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> None:
         F.scaled_dot_product_attention(q, k, v)
 
 
-def main_cases(shape: str, failed: dict[tuple[int, str], str], rounds: int) -> list[Row]:
-    """All densities of one shape, with all variants for uneven rows."""
+def main_cases(shape: str, rounds: int) -> list[Row]:
+    """All densities of one shape, and uneven rows."""
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
-    from dit_accel_kernels.block_sparse.launch import block_sparse_triton
 
     heads, tokens, dim = SHAPES[shape]
     scale, rows = dim**-0.5, []
@@ -200,15 +222,14 @@ def main_cases(shape: str, failed: dict[tuple[int, str], str], rounds: int) -> l
         q, k, v, levels = make(heads, tokens, dim, density, uneven)
         lists = to_lists(levels)
         work = 4.0 * 128 * 128 * dim * int(levels.sum())
-        calls = {
+        calls: dict[str, tuple[Callable[[], Any], float]] = {
             CUDNN: (partial(dense, q, k, v), 4.0 * heads * tokens * tokens * dim),
+            "hopper": (partial(block_sparse_hopper, q, k, v, lists, scale=scale), work),
         }
-        if density == 0.25 and tokens < 50000:
-            calls["triton"] = (partial(block_sparse_triton, q, k, v, lists, scale=scale), work)
-        for name, config in variants(dim).items():
-            if (dim, name) not in failed and (uneven or name == "default"):
-                call = partial(block_sparse_hopper, q, k, v, lists, scale=scale, config=config)
-                calls[f"hopper {name}"] = (call, work)
+        if uneven:  # equal rows in the same rounds
+            levels = make(heads, tokens, dim, density)[3]
+            equal = 4.0 * 128 * 128 * dim * int(levels.sum())
+            calls["hopper, equal rows"] = (partial(block_sparse_hopper, q, k, v, to_lists(levels), scale=scale), equal)
         rows += in_turns(shape, f"{density}{' uneven' * uneven}", calls, rounds)
     return rows
 
@@ -233,7 +254,36 @@ def feature_cases(shape: str, rounds: int) -> list[Row]:
             "hopper + remainder + order": (partial(call, pooled=pooled, order=order), work),
             "hopper + padding": (partial(call, key_valid=valid), work),
         }
+        if tokens < 50000:
+            calls[CUDNN] = (partial(dense, q, k, v), 4.0 * heads * tokens * tokens * dim)
+        if block_k == 64:
+            first, gather = (variants(dim)[name] for name in ("bias first", "consumers gather"))
+            calls["remainder, bias first"] = (partial(call, pooled=pooled, config=first), work)
+            calls["padding, bias first"] = (partial(call, key_valid=valid, config=first), work)
+            calls["both, consumers gather"] = (partial(call, pooled=pooled, order=order, config=gather), work)
         rows += in_turns(shape, f"0.2 by {block_k}", calls, rounds)
+    return rows
+
+
+def auto_cases(shape: str, rounds: int) -> list[Row]:
+    """Key blocks of 64 with all that an automatic method adds, at other densities; rates count exact blocks only."""
+    from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
+
+    heads, tokens, dim = SHAPES[shape]
+    rows = []
+    for density in (0.1, 0.3):
+        q, k, v, levels = make(heads, tokens, dim, density, block_k=64)
+        pooled = remainder(k, v, levels)
+        order = TokenOrder(torch.randperm(tokens, device="cuda").int()[None], torch.zeros(heads).int().cuda())
+        work = 4.0 * 128 * 64 * dim * int(levels.sum())
+        call = partial(block_sparse_hopper, q, k, v, to_lists(levels, 64), scale=dim**-0.5)
+        calls: dict[str, tuple[Callable[[], Any], float]] = {
+            CUDNN: (partial(dense, q, k, v), 4.0 * heads * tokens * tokens * dim),
+            "hopper": (call, work),
+            "hopper + remainder": (partial(call, pooled=pooled), work),
+            "hopper + remainder + order": (partial(call, pooled=pooled, order=order), work),
+        }
+        rows += in_turns(shape, f"{density} by 64", calls, rounds)
     return rows
 
 
@@ -291,29 +341,34 @@ def short_cases(rounds: int) -> list[Row]:
 def window_cases(rounds: int) -> list[Row]:
     """Windows of 18 x 24 x 24 on HunyuanVideo's grid from natural order and back, permuting k and v included.
 
-    A stride of 16 x 8 x 8 splits no brick of 2 x 8 x 8; without a stride bricks are split, and Triton's kernel computes.
-    Rates count pairs in the window.
+    A stride of 16 x 8 x 8 splits no brick of 2 x 8 x 8; without a stride bricks are split. Rates count pairs in the window.
     """
+    return in_turns("30x48x80 H24 d128", "window 0.09", window_calls((30, 48, 80), (18, 24, 24), 24), rounds)
+
+
+def window_calls(
+    grid: tuple[int, int, int], window: tuple[int, int, int], heads: int, only: str | None = None
+) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Dense attention and each of ``WINDOW_PLANS`` with its number of operations, once its rows have been compared."""
     from dit_accel.geometry import TokenGeometry
     from dit_accel.order.brick import brick
     from dit_accel.windows import WindowSpec, token_windows, window_levels
     from dit_accel_kernels import block_sparse_attention, permute_tokens
+    from dit_accel_kernels.block_sparse import hopper_launch
 
-    heads, dim, grid, window = 24, 128, (30, 48, 80), (18, 24, 24)
+    dim = 128
     trust(dim)
+    hopper_launch.ALLOW_WINDOWS = True
     geometry = TokenGeometry(grid)
     tokens = geometry.tokens
     q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
-    pairs = 4.0 * heads * dim * tokens * 18 * 24 * 24
-    calls: dict[str, tuple[Callable[[], Any], float]] = {
-        CUDNN: (partial(dense, q, k, v), 4.0 * heads * dim * tokens * tokens)
-    }
-    plans: tuple[tuple[str, Any, tuple[int, ...], int, int], ...] = (
-        ("GNA stride 16x8x8", (16, 8, 8), (2, 8, 8), 128, 128),
-        ("NA, bricks 8x4x4", 1, (8, 4, 4), 128, 128),
-        ("NA, bricks 4x4x4", 1, (4, 4, 4), 64, 64),
-    )
-    for name, stride, size, block_q, block_k in plans:
+    pairs = 4.0 * heads * dim * tokens * math.prod(window)
+    calls: dict[str, tuple[Callable[[], Any], float]] = {}
+    if only is None:
+        calls[CUDNN] = (partial(dense, q, k, v), 4.0 * heads * dim * tokens * tokens)
+    for name, (stride, size, block_q, block_k) in WINDOW_PLANS.items():
+        if only not in (None, name):
+            continue
         spec, index = WindowSpec(window, stride), brick(grid, size)
         levels = window_levels(geometry, spec, index, block_q, block_k).cuda()
         lists, windows = lists_from_levels(levels, block_q, block_k), token_windows(geometry, spec, index)
@@ -321,14 +376,18 @@ def window_cases(rounds: int) -> list[Row]:
         lists = replace(lists, partial=None) if whole else lists
         order = TokenOrder(index.int().cuda()[None], torch.zeros(heads, dtype=torch.int32, device="cuda"))
         more = {} if whole else {"windows": type(windows)(*(x.cuda() for x in vars(windows).values()))}
+        visited = (levels != 0).float().mean().item()
+        sys.stdout.write(
+            f"{name}: visits {visited:.4f}, partial {(levels == 255).float().mean().item() / visited:.3f}\n"
+        )
 
         def call(lists: BlockLists = lists, order: TokenOrder = order, more: dict[str, Any] = more) -> Any:
             moved_k, moved_v = permute_tokens(k, order), permute_tokens(v, order)
             return block_sparse_attention(q, moved_k, moved_v, lists, order=order, **more)
 
-        calls[name] = (call, pairs)
         check_windows(q, k, v, call(), spec, geometry)
-    return in_turns("30x48x80 H24 d128", "window 0.09", calls, rounds)
+        calls[name] = (call, pairs)
+    return calls
 
 
 def check_windows(q: Tensor, k: Tensor, v: Tensor, out: Tensor, spec: Any, geometry: Any) -> None:
@@ -386,7 +445,10 @@ def save(rows: list[Row]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Gate, measure, print a table and write JSON to ``$OUT``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--warm", nargs=2, metavar=("DIM", "VARIANT"), help="only check one variant")
+    parser.add_argument(
+        "--warm", nargs=4, metavar=("DIM", "BLOCK_K", "FLAGS", "VARIANT"), help="only check one variant"
+    )
+    parser.add_argument("--warm-windows", metavar="PLAN", help="only check one plan with windows")
     parser.add_argument("--cycles", action="store_true", help="only launch, for a profiler")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=4)
@@ -397,7 +459,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write("needs a GPU of compute capability 9.0\n")
         return 2
     if args.warm:
-        return warm(int(args.warm[0]), args.warm[1])
+        return warm(int(args.warm[0]), int(args.warm[1]), args.warm[2], args.warm[3].replace("_", " "))
+    if args.warm_windows:
+        return warm_windows(args.warm_windows)
     if args.cycles:
         cycles()
         return 0
@@ -408,22 +472,26 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"FAILED {key}:\n{said}\n")
     rows: list[Row] = []
     parts: list[Callable[[], list[Row]]] = []
-    if "windows" in args.parts:
-        parts.append(partial(window_cases, max(2, args.rounds - 1)))
-    if "short" in args.parts:
-        parts.append(partial(short_cases, args.rounds))
     for shape in args.shapes:
         rounds = args.rounds if SHAPES[shape][1] < 50000 else max(2, args.rounds - 1)
         if "main" in args.parts:
-            parts.append(partial(main_cases, shape, failed, rounds))
+            parts.append(partial(main_cases, shape, rounds))
         if "features" in args.parts and shape in ("H12 S32768 d128", "H40 S75648 d128"):
             parts.append(partial(feature_cases, shape, rounds))
+        if "features" in args.parts and shape == "H12 S32768 d128":
+            parts.append(partial(auto_cases, shape, rounds))
+    once: list[Callable[[], list[Row]]] = []
+    if "windows" in args.parts:
+        once.append(partial(window_cases, max(2, args.rounds - 1)))
+    if "short" in args.parts:
+        once.append(partial(short_cases, args.rounds))
+    parts[3:3] = once  # the longest sequences last, should time be short
     for part in parts:
         try:
             rows += part()
         except Exception:  # the other parts are still worth having
             traceback.print_exc(file=sys.stdout)
-            failed[0, part.func.__name__ if isinstance(part, partial) else "part"] = "raised"
+            failed[part.func.__name__ if isinstance(part, partial) else "part"] = "raised"
         torch.cuda.empty_cache()
         save(rows)
     report(rows)

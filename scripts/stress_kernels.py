@@ -1,15 +1,16 @@
 """Random calls of the kernels against a masked reference, under a watchdog: a wrong barrier does not fail, it hangs.
 
-    PYTHONPATH=kernels python scripts/stress_kernels.py --count 10000            # a GPU: two to three minutes
+    PYTHONPATH=kernels python scripts/stress_kernels.py --count 10000 --workers 12  # a GPU
     PYTHONPATH=kernels python scripts/stress_kernels.py --kernels cpu --count 50 # no GPU needed
     PYTHONPATH=kernels python scripts/stress_kernels.py --kernels hopper --seed 123 --count 1   # one call again
     PYTHONPATH=kernels python scripts/stress_kernels.py --special                # graphs, compile, 2**31 elements
     PYTHONPATH=kernels python scripts/stress_kernels.py --sanitize               # compute-sanitizer on small shapes
 
-Each seed makes one call: shapes, lists, orders, remainder, ``key_valid``, windows, gathered keys, strides, dtypes, unequal
-lengths, empty rows, extreme logits, NaN where nothing may be read. What must be compiled differs only between a few
-*variants* for each kernel. Workers say their seed before each call; a worker that is silent for too long is killed and its
-seed is printed. Every eighth call is made twice and must give the same bits.
+Each seed makes one call of each kernel: shapes, lists, orders, remainder, ``key_valid``, windows, gathered keys, strides,
+dtypes, unequal lengths, empty rows, extreme logits, NaN where nothing may be read. What must be compiled differs only
+between a few *variants* for each kernel, and all calls of a variant are made by one worker. Workers say their seed before
+each call and read the results of sixteen calls at once; a worker that is silent for too long is killed and its seed is
+printed. Every eighth call is made twice and must give the same bits.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-from _stress_calls import VARIANTS, Variant, run_call  # noqa: E402
+from _stress_calls import VARIANTS, Pending, Variant, start_call  # noqa: E402
+
+from dit_accel_kernels.block_sparse import hopper_launch  # noqa: E402
 
 SILENCE_S = 45.0  # a compilation included
+BATCH = 16  # calls whose results are read at once
 
 
 def say(text: str) -> None:
@@ -51,20 +55,58 @@ def work(args: argparse.Namespace) -> int:
     """Make the calls of a worker; says ``try``, ``ok`` and ``bad`` with kernel and seed."""
     device = torch.device("cpu" if args.kernels == ["cpu"] else "cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
+    hopper_launch.ALLOW_WINDOWS = True  # what is not a default yet is called, too
     # Uninitialised memory is filled with NaN, so what a kernel does not write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    batch: list[tuple[str, int, Pending | str]] = []
     bad = 0
-    for seed in range(args.seed, args.seed + args.count, args.step):
+    for seed in range(args.seed, args.seed + args.count):
         for kernel in args.kernels:
+            if worker_of(args.kernels, kernel, seed, args.workers) != args.index:
+                continue
             say(f"try {kernel} {seed}")
             try:
-                wrong = run_call(kernel, variant_of(kernel, seed), seed, device, twice=seed % 8 == 0)
+                made: Pending | str = start_call(kernel, variant_of(kernel, seed), seed, device, twice=seed % 8 == 0)
             except Exception as error:
-                wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            bad += wrong is not None
-            say(f"bad {kernel} {seed} {wrong}" if wrong else f"ok {kernel} {seed}")
-    return min(bad, 1)
+                made = _words(error)
+            batch.append((kernel, seed, made))
+            if len(batch) >= BATCH:
+                bad += settle(batch)
+    return min(bad + settle(batch), 1)
+
+
+def worker_of(kernels: list[str], kernel: str, seed: int, workers: int) -> int:
+    """The worker that makes a call: one for all calls of a variant, so that nothing is compiled twice."""
+    before = sum(len(VARIANTS[name]) for name in kernels[: kernels.index(kernel)])
+    return (before + seed % len(VARIANTS[kernel])) % workers
+
+
+def settle(batch: list[tuple[str, int, Pending | str]]) -> int:
+    """Read what a batch of calls gave at once, say which were right, and empty it; how many were wrong."""
+    pending = [made for _, _, made in batch if isinstance(made, Pending)]
+    try:
+        numbers = torch.cat([p.numbers for p in pending]).tolist() if pending else []
+    except Exception as error:  # of some call of the batch: nobody knows which
+        numbers, broken = [], _words(error)
+        batch[:] = [(kernel, seed, broken) for kernel, seed, _ in batch]
+    bad, at = 0, 0
+    for kernel, seed, made in batch:
+        wrong: str | None
+        if isinstance(made, Pending):
+            size = made.numbers.numel()
+            wrong = made.judge(numbers[at : at + size])
+            at += size
+        else:
+            wrong = made
+        bad += wrong is not None
+        say(f"bad {kernel} {seed} {wrong}" if wrong else f"ok {kernel} {seed}")
+    batch.clear()
+    return bad
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @dataclass
@@ -94,18 +136,20 @@ def start(args: argparse.Namespace, lines: queue.Queue[tuple[int, str]], index: 
     return worker
 
 
-def watch(workers: list[Worker], lines: queue.Queue[tuple[int, str]], end: float) -> tuple[int, list[str]]:
+def watch(
+    workers: list[Worker], lines: queue.Queue[tuple[int, str]], end: float, silence: float | None = None
+) -> tuple[int, list[str]]:
     """Wait for workers; how many calls were right, and what went wrong. None of them outlives this."""
     live = set(range(len(workers)))
     try:
-        return _listen(workers, lines, end, live)
+        return _listen(workers, lines, end, SILENCE_S if silence is None else silence, live)
     finally:
         for index in live:
             workers[index].process.kill()
 
 
 def _listen(
-    workers: list[Worker], lines: queue.Queue[tuple[int, str]], end: float, live: set[int]
+    workers: list[Worker], lines: queue.Queue[tuple[int, str]], end: float, silence: float, live: set[int]
 ) -> tuple[int, list[str]]:
     right, wrong = 0, []
     while live:
@@ -132,8 +176,8 @@ def _listen(
             pass
         now = time.monotonic()
         for index in list(live):
-            if now - workers[index].heard > SILENCE_S:
-                wrong.append(f"hang: silent for {SILENCE_S:.0f} s after '{workers[index].last}'")
+            if now - workers[index].heard > silence:
+                wrong.append(f"hang: silent for {silence:.0f} s after '{workers[index].last}'")
                 workers[index].process.kill()
                 live.discard(index)
             elif now > end:  # the calls that were not made are seen in the count
@@ -144,29 +188,12 @@ def _listen(
 
 
 def stress(args: argparse.Namespace) -> int:
-    """Compile all variants at once, then share the calls among workers."""
+    """Share the calls among workers, each of which compiles its own variants."""
     began, end, lines = time.monotonic(), time.monotonic() + args.budget, queue.Queue[tuple[int, str]]()
-    failures: list[str] = []
-    right = 0
-    kernels = args.kernels
-    if kernels != ["cpu"] and args.count > 1:
-        workers = []
-        for kernel in kernels:
-            args.kernels = [kernel]
-            for index in range(len(VARIANTS[kernel])):
-                seed = str(index + 1_000_000 * len(VARIANTS[kernel]))
-                workers.append(start(args, lines, len(workers), "--seed", seed, "--count", "1"))
-        done, failures = watch(workers, lines, end)
-        right += done
-        say(f"{len(workers)} variants compiled in {time.monotonic() - began:.0f} s")
-    args.kernels = kernels
-    many, workers, share = args.workers, [], -(-args.count // len(kernels))
-    for index in range(many):
-        more = ("--seed", str(args.seed + index), "--count", str(max(1, share - index)), "--step", str(many))
-        if index < share:
-            workers.append(start(args, lines, len(workers), *more))
-    done, more_failures = watch(workers, lines, end)
-    right, failures = right + done, failures + more_failures
+    kernels, share = args.kernels, -(-args.count // len(args.kernels))
+    calls = ("--seed", str(args.seed), "--count", str(share), "--workers", str(args.workers))
+    workers = [start(args, lines, index, *calls, "--index", str(index)) for index in range(args.workers)]
+    right, failures = watch(workers, lines, end, args.silence)
     for line in failures[:40]:
         say(line)
     say(
@@ -188,6 +215,7 @@ def sanitize(args: argparse.Namespace) -> int:
     for check in ("memcheck", "racecheck") if args.races else ("memcheck",):
         for kernel in args.kernels:
             call = [sys.executable, str(Path(__file__).resolve()), "--work", "--kernels", kernel, "--count", "1"]
+            call += ["--workers", "1"]
             command = [tool, "--tool", check, "--error-exitcode", "9", *call, "--seed", str(args.seed)]
             env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             try:
@@ -213,12 +241,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="calls of all kernels together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds after which everything is stopped")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--special", action="store_true", help="CUDA graphs, torch.compile, more than 2**31 elements")
     parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer on one small call of each kernel")
     parser.add_argument("--races", action="store_true", help="with --sanitize: racecheck, too")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--step", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--silence", type=float, default=SILENCE_S, help="seconds after which a worker hangs")
+    parser.add_argument("--index", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended, too

@@ -53,6 +53,7 @@ class Case:
     poison: bool = False
     programs: int | None = None
     valid: bool = False
+    windows: bool = False
     wild: bool = False
     fast: bool | None = None
     lse: bool = True
@@ -99,7 +100,9 @@ def run_case(case: Case) -> None:
         valid = torch.rand(case.batch, case.sk, generator=gen) < 0.8
         valid[:, case.sk // 2 : case.sk // 2 + 150] = False  # some blocks hold nothing
         valid = valid.to(device)
-    call = {"scale": case.dim**-0.5, "order": order, "pooled": pooled, "key_valid": valid}
+    windows = draw_windows(case, gen).to(device) if case.windows else None
+    seen_by = None if windows is None else TokenWindows(*windows.split([case.sq, case.sq, case.sk], 1))
+    call = {"scale": case.dim**-0.5, "order": order, "pooled": pooled, "key_valid": valid, "windows": seen_by}
     out, lse = block_sparse_hopper(q, k, v, lists, config=config, **call)
     again, _ = block_sparse_hopper(q, k, v, lists, config=config, **call)
     if not case.lse:
@@ -122,6 +125,16 @@ def run_case(case: Case) -> None:
     assert not out[empty].any(), f"{case}: rows without keys must be 0"
 
 
+def draw_windows(case: Case, gen: torch.Generator) -> torch.Tensor:
+    """Bounds of the queries and codes of the keys, side by side; codes of blocks start anywhere, some are free."""
+    blocks = -(-case.sk // case.block_k)
+    start = torch.randint(0, 40, (3, blocks), generator=gen).repeat_interleave(case.block_k, 1)[:, : case.sk]
+    code = start + torch.randint(0, 10, (3, case.sk), generator=gen)
+    code[:, torch.rand(case.sk, generator=gen) < 0.1] = -1
+    low = torch.randint(-2, 25, (3, case.sq), generator=gen)
+    return torch.cat([low, low + torch.randint(0, 40, (3, case.sq), generator=gen), code], 1).int()
+
+
 def random_cases(dim: int, block_k: int) -> list[Case]:
     """70 shapes on few compiled variants: all ragged, with partial blocks."""
     rng = random.Random(dim + block_k)
@@ -129,6 +142,7 @@ def random_cases(dim: int, block_k: int) -> list[Case]:
     for seed in range(70):
         batch, heads = rng.randint(1, 2), rng.randint(1, 3)
         valid = block_k == 64 and rng.random() < 0.3
+        windows = dim == 128 and rng.random() < 0.3
         cases.append(
             Case(
                 sq=rng.randint(1, 900),
@@ -142,9 +156,10 @@ def random_cases(dim: int, block_k: int) -> list[Case]:
                 bshd=rng.random() < 0.5,
                 partial=True,
                 valid=valid,
-                pooled=not valid and rng.random() < 0.5,
+                pooled=not valid and not windows and rng.random() < 0.5,
                 order=block_k == 128 and rng.random() < 0.3,
                 poison=not valid and rng.random() < 0.5,
+                windows=windows,
                 wild=rng.random() < 0.2,
                 programs=rng.choice([1, 2, 5, None]),
                 seed=seed,
@@ -196,6 +211,14 @@ GROUPS: dict[str, list[Case]] = {
         replace(LONG, valid=True, block_k=64, sk=1000, programs=3),
         replace(LONG, valid=True, block_k=64, sk=1000, pooled=True, partial=True),
     ],
+    "windows": [
+        replace(LONG, partial=True, windows=True),
+        replace(LONG, partial=True, windows=True, sk=1000, programs=3, poison=True),
+        replace(LONG, partial=True, windows=True, sk=1000, sq=900, block_k=64, order=True),
+        replace(LONG, partial=True, windows=True, sk=130, block_k=64, density=0.8, wild=True),
+        replace(LONG, partial=True, windows=True, dim=64, valid=True, sk=1000),
+        replace(LONG, partial=True, windows=True, dim=96, block_k=64, dtype=torch.float16, programs=4),
+    ],
     "wild logits": [
         Case(sk=512, wild=True),
         replace(LONG, wild=True, density=1.0),
@@ -216,8 +239,8 @@ GROUPS: dict[str, list[Case]] = {
     ],
     **{f"random, {d} by {k}": random_cases(d, k) for d, k in ((128, 128), (128, 64), (64, 64))},
 }
-LIMIT_S = {"pooled": 60.0, "head size 64": 90.0, "padded head sizes": 90.0}
-LIMIT_S |= {name: 150.0 for name in GROUPS if name.startswith("random")}
+LIMIT_S = {"pooled": 60.0, "head size 64": 90.0, "padded head sizes": 90.0, "windows": 150.0}
+LIMIT_S |= {name: 240.0 for name in GROUPS if name.startswith("random")}
 
 
 def run_group(name: str, scale: float = 1.0) -> tuple[bool, str]:
@@ -247,12 +270,22 @@ def test_reasons_why_not() -> None:
     assert "must be an NVIDIA GPU, got cpu" in (why_not_hopper(device=torch.device("cpu"), **asked) or "")
 
 
-def test_rerouted_calls_have_a_reason() -> None:
+def test_rerouted_calls_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 2, 256, 64).bfloat16()
     lists = lists_from_levels(torch.ones(1, 1, 2, 2, dtype=torch.uint8), 128, 128)
     assert reroute_reason(q, q, q, lists) is None
-    codes = torch.zeros(3, 256, dtype=torch.int32)
-    assert "windows" in (reroute_reason(q, q, q, lists, windows=TokenWindows(codes, codes, codes)) or "")
+    codes = torch.arange(3 * 256, dtype=torch.int32).view(3, 256) // 32
+    windows = TokenWindows(codes, codes, codes)
+    assert "have not passed" in (reroute_reason(q, q, q, lists, windows=windows) or "")
+    monkeypatch.setattr("dit_accel_kernels.block_sparse.hopper_launch.ALLOW_WINDOWS", True)
+    assert reroute_reason(q, q, q, lists, windows=windows) is None
+    far = replace(windows, k_code=codes * 4)
+    assert "within ten" in (reroute_reason(q, q, q, lists, windows=far) or "")
+    wide = torch.cat([codes[:, :128], codes[:, 128:] + 1023], 1)
+    assert "within 1023" in (reroute_reason(q, q, q, lists, windows=replace(windows, k_code=wide)) or "")
+    bits = pack_bits(torch.ones(1, 1, 2, 2, dtype=torch.uint8))
+    pooled = Pooled(q[:, :, :2], q[:, :, :2], torch.zeros(1, 1, 2), bits)
+    assert "pooled remainder" in (reroute_reason(q, q, q, lists, windows=windows, pooled=pooled) or "")
     odd = torch.randn(1, 2, 256, 68).bfloat16()[..., :64]
     assert "multiples of 16 bytes" in (reroute_reason(q, odd, q, lists) or "")
 

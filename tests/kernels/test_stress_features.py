@@ -10,7 +10,7 @@ import torch
 from dit_accel_kernels import attention_lse, block_mass, dense
 from dit_accel_kernels.block_mass.hopper_launch import split_keys
 from dit_accel_kernels.block_sparse.hopper_specs import hopper_config
-from dit_accel_kernels.block_sparse.near import window_bits
+from dit_accel_kernels.block_sparse.near import PackedWindows, packed_windows, window_bits
 from dit_accel_kernels.types import TokenOrder, TokenWindows
 from tests.kernels.interpreter import repair
 from tests.kernels.problems import Case, Problem, check, make
@@ -81,6 +81,48 @@ def test_near_windows_are_those_of_the_oracle(reach: int, fits: bool, order: boo
     assert p.windows is not None
     assert (window_bits(p.windows.k_code, 64) is not None) is fits
     check(p, *block_sparse_triton(p.q, p.k, p.v, p.lists, scale=64**-0.5, **p.extras()))
+
+
+def _sees(packed: PackedWindows, i: int, j: int, tile: int) -> bool:
+    """Whether query ``i`` sees key ``j``, from packed words alone, as a kernel finds it."""
+    lo, hi, base = (int(x) for x in (packed.q_lo[i], packed.q_hi[i], packed.k_base[j // tile]))
+    seen = 0
+    for shift in (0, 10, 20):
+        low, high = ((x >> shift) % 1024 - (base >> shift) % 1024 for x in (lo, hi))
+        seen |= (((1 << min(max(high, 0), 10)) - 1) & -(1 << min(max(low, 0), 10))) << shift
+    return int(packed.k_bits[j]) & ~seen == 0
+
+
+@pytest.mark.parametrize("least", [0, 40, -3])
+def test_packed_windows_say_who_sees_whom(least: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    code = torch.randint(1, 900, (3, 6), generator=gen).repeat_interleave(8, 1)
+    code = (code + torch.randint(0, 10, code.shape, generator=gen)).int()
+    code[:, 20:22] = 1022
+    code[:, 16:20] = 1015
+    code[:, 22:24] = 1018
+    code[:, 0] = 0
+    code[:, 1:8] = torch.randint(0, 10, (3, 7), generator=gen)
+    code[1:] += least  # only the first axis says by a negative code that everybody sees a key
+    code[:, 5] = -1
+    middle = code[:, torch.randint(0, 48, (30,), generator=gen)]
+    lo, hi = ((middle + torch.randint(-6, 4, (3, 30), generator=gen)).int(), (middle + 5).int())
+    lo[:, 0], hi[:, 0], lo[:, 1], hi[:, 1] = -50, 5000, 4000, 5000
+    lo[:, 2] = least - 3
+    windows = TokenWindows(lo, hi, code)
+    packed = packed_windows(windows, 8)
+    assert packed is not None
+    assert packed_windows(windows, 8) is packed
+    inside = ((lo[:, :, None] <= code[:, None]) & (code[:, None] < hi[:, :, None])).all(0) | (code[0] < 0)
+    assert 0.05 < inside.float().mean() < 0.5
+    assert [[_sees(packed, i, j, 8) for j in range(48)] for i in range(30)] == inside.tolist()
+    hi += 1  # changed in place: packed again
+    assert packed_windows(windows, 8) is not packed
+    code[:, 16:24] = 1023 + max(least, 0)
+    assert packed_windows(windows, 8) is None
+    code[:, 16:24] = 1022
+    code[:, 21] = 500
+    assert packed_windows(windows, 8) is None
 
 
 def test_bits_are_those_of_the_codes_and_kept() -> None:

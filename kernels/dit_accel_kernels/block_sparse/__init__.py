@@ -55,8 +55,8 @@ def block_sparse_attention(
             (:func:`dit_accel_kernels.pyramid`).
         return_lse: also return the log-sum-exp of the biased logits of all that was seen, natural logarithm.
         backend: ``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``None`` for the first that passed its
-            self-test here. What the Hopper kernel does not serve in a call (windows, ``key_valid``, gathered keys), the
-            Triton kernel computes.
+            self-test here. What the Hopper kernel does not serve in a call
+            (:func:`.hopper_launch.reroute_reason`), the Triton kernel computes.
 
     Returns:
         The output ``[B, H, Sq, D]`` with the dtype and layout of ``q``; with ``return_lse`` also float32 ``[B, H, Sq]``.

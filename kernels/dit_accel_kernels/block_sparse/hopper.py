@@ -38,6 +38,7 @@ from .hopper_steps import (
     step,
     total,
 )
+from .hopper_windows import bounds
 
 __all__ = ["AOT_SPECS", "block_sparse_hopper_kernel"]
 
@@ -75,7 +76,8 @@ def _queries(
 @gluon.jit
 def _consumer(
     args, i_w: gl.constexpr, D: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, MORE_BIASED: gl.constexpr,
-    GATHER: gl.constexpr, HAS_LSE: gl.constexpr, FAST: gl.constexpr,
+    GATHER: gl.constexpr, HAS_LSE: gl.constexpr, FAST: gl.constexpr, BIAS: gl.constexpr = 0,
+    FETCHED: gl.constexpr = False,
 ):  # fmt: skip
     (
         desc_o, q, out, lse, table, head_row, scale2, qb, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
@@ -97,10 +99,17 @@ def _consumer(
     job, n_biased, n_plain, careful = _told(info, q_full.index(i_w), q_phase)
     while job != -1:
         q_op = _queries(
-            q, table, head_row, q_b, q_h, q_s, table_s, job, qb, heads, q_tile, i_w, D, DIM, GATHER, ROWS, Q_LAYOUT
-        )
+            q, table, head_row, q_b, q_h, q_s, table_s, job, qb, heads, q_tile, i_w,
+            D, DIM, GATHER and not FETCHED, ROWS, Q_LAYOUT,
+        )  # fmt: skip
+        if BIAS > 0:
+            bits, bases, q_lo, q_hi = extras
+            lo, hi = bounds(q_lo, q_hi, gl.maximum(job, 0), qb, i_w, table_s, BIAS)
+            bias = (bits, bases, lo, hi)
+        else:
+            bias = extras
         acc, p, row_max, shares, stage, phase = first_tile(
-            acc, p, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2, S_LAYOUT, D, STAGES, FAST
+            acc, p, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2, S_LAYOUT, D, STAGES, FAST, BIAS
         )
         wrong = 0
         if FAST:
@@ -126,30 +135,30 @@ def _consumer(
             if MORE_BIASED:
                 for t in range(gl.where(careful == 0, n_biased, 0)):
                     acc, p, shares, stage, phase = fast_step(
-                        acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
-                        S_LAYOUT, D, STAGES, True,
+                        acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
+                        S_LAYOUT, D, STAGES, True, BIAS,
                     )  # fmt: skip
                     if t == 1:
                         release_queries(q_empty.index(i_w), GATHER)
             for t in range(gl.where(careful == 0, n_plain, 0)):
                 acc, p, shares, stage, phase = fast_step(
-                    acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
-                    S_LAYOUT, D, STAGES, False,
+                    acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
+                    S_LAYOUT, D, STAGES, False, BIAS,
                 )  # fmt: skip
                 if t + n_biased == 1:
                     release_queries(q_empty.index(i_w), GATHER)
         if MORE_BIASED:
             for t in range(gl.where(careful != 0, n_biased, 0)):
                 acc, p, row_max, shares, stage, phase = step(
-                    acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
-                    S_LAYOUT, D, STAGES, True,
+                    acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
+                    S_LAYOUT, D, STAGES, True, BIAS,
                 )  # fmt: skip
                 if t == 1:
                     release_queries(q_empty.index(i_w), GATHER)
         for t in range(gl.where(careful != 0, n_plain, 0)):
             acc, p, row_max, shares, stage, phase = step(
-                acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
-                S_LAYOUT, D, STAGES, False,
+                acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
+                S_LAYOUT, D, STAGES, False, BIAS,
             )  # fmt: skip
             if t + n_biased == 1:
                 release_queries(q_empty.index(i_w), GATHER)
@@ -169,18 +178,27 @@ def block_sparse_hopper_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_pk, desc_pv, q, out, lse, row_start, full, partial, indices, order, counter,
     again, table, head_row, bias, bits, valid, scale2, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
     table_s: int64, q_b: int64, q_h: int64, q_s: int64, out_b: int64, out_h: int64, out_s: int64,
-    list_b, list_h, bits_b, bits_h, bias_b, bias_h,
+    list_b, list_h, bits_b, bits_h, bias_b, bias_h, q_lo, q_hi, k_bits, k_base,
     D: gl.constexpr, DIM: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
-    HAS_LSE: gl.constexpr, FAST: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    HAS_LSE: gl.constexpr, HAS_WINDOWS: gl.constexpr, FAST: gl.constexpr,
+    FETCH: gl.constexpr, LATE_BIAS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    MORE_BIASED: gl.constexpr = HAS_POOLED or HAS_VALID
+    MORE_BIASED: gl.constexpr = HAS_POOLED or HAS_VALID or HAS_WINDOWS
+    WINDOWS: gl.constexpr = 128 // BLOCK_K if HAS_WINDOWS else 0
+    BIAS: gl.constexpr = WINDOWS if HAS_WINDOWS else (-1 if LATE_BIAS else 0)
+    FETCHED: gl.constexpr = GATHER and FETCH
     q_bufs = gl.allocate_shared_memory(desc_k.dtype, [2, 1, 1, 64, D], desc_k.layout)
     k_bufs = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, 128, D], desc_k.layout)
     v_bufs = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, 128, D], desc_k.layout)
-    extras = gl.allocate_shared_memory(gl.float32, [STAGES, 128], FLAT)
+    if HAS_WINDOWS:
+        key_bits = gl.allocate_shared_memory(gl.int32, [STAGES, 128], FLAT)
+        bases = gl.allocate_shared_memory(gl.int32, [STAGES, 2], FLAT)
+        extras = (key_bits, bases, q_lo, q_hi)
+    else:
+        extras = gl.allocate_shared_memory(gl.float32, [STAGES, 128], FLAT)
     info = gl.allocate_shared_memory(gl.int32, [4], FLAT)
     failed = gl.allocate_shared_memory(gl.int32, [2], FLAT)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -199,20 +217,23 @@ def block_sparse_hopper_kernel(
     fence_async_shared()
     bars = (k_full, v_full, empty)
     shared = (q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars)
+    tokens = gl.allocate_shared_memory(gl.int32, [64 if FETCHED else 4], FLAT)
     consumer_args = (  # noqa: RUF005
         desc_o, q, out, lse, table, head_row, scale2, qb, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
     ) + shared  # fmt: skip
     producer_args = (  # noqa: RUF005
         desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,
         bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
-        list_b, list_h, bits_b, bits_h, bias_b, bias_h,
+        list_b, list_h, bits_b, bits_h, bias_b, bias_h, k_bits, k_base,
+        q, table, head_row, tokens, table_s, q_b, q_h, q_s,
     ) + shared  # fmt: skip
     gl.warp_specialize(
         [
-            (_consumer, (consumer_args, 0, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST)),
-            (_consumer, (consumer_args, 1, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST)),
+            (_consumer, (consumer_args, 0, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST, BIAS, FETCHED)),
+            (_consumer, (consumer_args, 1, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST, BIAS, FETCHED)),
             (producer, (
-                producer_args, D, BLOCK_K, STAGES, EVEN_K, HAS_PARTIAL, HAS_POOLED, HAS_VALID, GATHER, FAST,
+                producer_args, D, DIM, BLOCK_K, STAGES, EVEN_K, HAS_PARTIAL, HAS_POOLED, HAS_VALID, GATHER, FAST,
+                WINDOWS, FETCHED,
             )),
         ],
         [4, 1],

@@ -13,8 +13,10 @@ from torch import Tensor
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
 from .hopper_specs import HopperConfig, hopper_config, padded
+from .near import packed_windows
 
 __all__ = [
+    "ALLOW_WINDOWS",
     "block_sparse_hopper",
     "has_gluon",
     "make_descriptor",
@@ -24,6 +26,8 @@ __all__ = [
     "why_not_hopper",
 ]
 
+# Whether token windows are computed here: not before `scripts/stress_kernels.py` has passed with them on a GPU.
+ALLOW_WINDOWS = False
 _QUERIES = 128  # rows of a job, both consumers together
 _TILE = 128  # keys of a step
 _LOG2E = 1.0 / math.log(2.0)
@@ -80,8 +84,12 @@ def reroute_reason(
         windows: token windows of partial blocks.
         gathered: further keys in groups.
     """
-    if windows is not None:
-        return "token windows are not supported"
+    if windows is not None and not ALLOW_WINDOWS:
+        return "token windows have not passed the stress test on a GPU (see ALLOW_WINDOWS)"
+    if windows is not None and pooled is not None:
+        return "token windows together with a pooled remainder are not supported"
+    if windows is not None and packed_windows(windows, lists.block_k) is None:
+        return "the codes of token windows must be within 1023 of each other, and within ten in a block of keys"
     if gathered is not None:
         return "gathered keys are not supported"
     tensors = {"q": q, "k": k, "v": v}
@@ -90,12 +98,18 @@ def reroute_reason(
         if max(pooled.bits.numel(), pooled.bias.numel()) >= 2**31:
             return "pooled.bits and pooled.bias must have fewer than 2**31 elements"
     for name, x in tensors.items():
-        steps = [step * x.element_size() for size, step in zip(x.shape[:3], x.stride()[:3]) if size > 1]
-        if x.data_ptr() % 16 or any(step % 16 or not 0 < step < 2**40 for step in steps):
+        if x.data_ptr() % 16 or not _steps_fit(x.shape, x.stride(), x.element_size()):
             return f"{name} must have an address and strides that are multiples of 16 bytes, got {x.stride()}"
     if lists.row_start.numel() >= 2**31:
         return "lists must have fewer than 2**31 rows"
     return None
+
+
+@lru_cache(maxsize=64)
+def _steps_fit(shape: torch.Size, strides: tuple[int, ...], size: int) -> bool:
+    """Whether the copy engine can step over the first three dimensions."""
+    steps = [step * size for count, step in zip(shape[:3], strides[:3]) if count > 1]
+    return all(step % 16 == 0 and 0 < step < 2**40 for step in steps)
 
 
 def run_hopper(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +122,7 @@ def run_hopper(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **kwargs: Any
         from .launch import block_sparse_triton
 
         return block_sparse_triton(q, k, v, lists, **kwargs)
-    kept = {name: value for name, value in kwargs.items() if name not in ("windows", "gathered")}
+    kept = {name: value for name, value in kwargs.items() if name != "gathered"}
     return block_sparse_hopper(q, k, v, lists, **kept)
 
 
@@ -121,6 +135,7 @@ def block_sparse_hopper(
     scale: float,
     order: TokenOrder | None = None,
     pooled: Pooled | None = None,
+    windows: TokenWindows | None = None,
     key_valid: Tensor | None = None,
     return_lse: bool = True,
     config: HopperConfig | None = None,
@@ -131,16 +146,20 @@ def block_sparse_hopper(
         q: ``[B, H, Sq, D]``, natural order.
         k: ``[B, H, Sk, D]``, block order.
         v: ``[B, H, Sk, D]``, block order.
-        lists: blocks that each query block visits; partial blocks are whole.
+        lists: blocks that each query block visits.
         scale: positive factor of the logits.
         order: order of the queries.
         pooled: what stands for the blocks that are not visited; must be finite.
+        windows: token windows of partial blocks, not together with ``pooled``; without them partial blocks are whole.
         key_valid: bool ``[B, Sk]``, false for padding, which must be finite.
         return_lse: compute the log-sum-exp; otherwise an empty tensor stands for it.
         config: shape of a program, to tune or test.
 
     Returns:
         The output with the strides and dtype of ``q``, and the log-sum-exp, float32 ``[B, H, Sq]``.
+
+    Raises:
+        ValueError: the windows cannot be had here; see :func:`reroute_reason`.
     """
     from .hopper import block_sparse_hopper_kernel
     from .hopper_schedule import BLOCK, OTHERS, longest_first_kernel
@@ -193,7 +212,7 @@ def block_sparse_hopper(
     # In units of 16 bytes; that of a dimension of size 1 need not be a multiple and is never stepped over.
     args |= {f"q_{name}": step // 8 for name, step in zip("bhs", q.stride())}
     args |= {f"out_{name}": step // 8 for name, step in zip("bhs", out.stride())}
-    args |= list_args(lists) | pooled_args(pooled)
+    args |= list_args(lists) | pooled_args(pooled) | _window_args(windows, pooled, lists)
     with torch.cuda.device(q.device):
         longest_first_kernel[(max(1, -(-(jobs - in_order) // BLOCK)),)](
             *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
@@ -216,12 +235,24 @@ def block_sparse_hopper(
             HAS_VALID=key_valid is not None,
             GATHER=gather,
             HAS_LSE=return_lse,
+            HAS_WINDOWS=windows is not None,
             FAST=config.fast and q.dtype == torch.bfloat16,
+            FETCH=config.fetch,
+            LATE_BIAS=config.late_bias,
             CONSUMER_REGS=config.consumer_regs,
             PRODUCER_REGS=config.producer_regs,
             num_warps=4,
         )
     return out, lse
+
+
+def _window_args(windows: TokenWindows | None, pooled: Pooled | None, lists: BlockLists) -> dict[str, Tensor | None]:
+    if windows is None:
+        return dict.fromkeys(("q_lo", "q_hi", "k_bits", "k_base"))
+    packed = packed_windows(windows, lists.block_k)
+    if packed is None or pooled is not None or lists.partial is None:
+        raise ValueError("windows must have partial blocks, codes that are near each other, and no pooled remainder")
+    return dict(vars(packed))
 
 
 def make_descriptor(x: Tensor, rows: int, columns: int) -> Any:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper_steps import next_stage, split_job
+from .hopper_windows import biased_tiles, key_bits
 
 __all__ = ["producer"]
 
@@ -110,7 +112,7 @@ def _copy(desc, i_b, i_h, one, two, bufs, bar, stage, D: gl.constexpr, PARTS: gl
 @gluon.jit
 def _load_tile(
     desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase, biased,
-    D: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, WINDOWS: gl.constexpr = 0,
 ):  # fmt: skip
     """Fill one stage of the rings with the keys and values of one or two blocks."""
     k_full, v_full, empty = bars
@@ -118,7 +120,11 @@ def _load_tile(
     after, after_phase = next_stage(stage, phase, STAGES)
     mbarrier.wait(empty.index(stage), phase ^ 1)
     if biased:
-        extras.index(stage).store(extra)
+        if WINDOWS:
+            extras[0].index(stage).store(extra[0])
+            extras[1].index(stage).store(extra[1])
+        else:
+            extras.index(stage).store(extra)
         gl.thread_barrier()
     mbarrier.expect(k_full.index(stage), BYTES)
     _copy(desc_k, i_b, i_h, one, two, k_bufs, k_full.index(stage), stage, D, PARTS)
@@ -143,13 +149,47 @@ def _collect(failed, again, head):
 
 
 @gluon.jit
+def _fetch_queries(
+    gather, q_tile, bar, i_q, i_h, i_b, w: gl.constexpr, D: gl.constexpr, DIM: gl.constexpr
+):  # fmt: skip
+    """Ask for the queries of a consumer, 16 bytes a copy and lane; zeros where there is none.
+
+    What is read of the table is in the L1 cache when the consumer looks for where its output goes.
+    """
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
+    q, table, head_row, tokens, sq, q_b, q_h, q_s = gather
+    o_q = i_q * 128 + w * 64 + gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    table += gl.load(head_row + i_h) * sq
+    token = gl.load(table + o_q, mask=o_q.to(gl.int64) < sq, other=-1)
+    gl.thread_barrier()
+    tokens.store(token)
+    gl.thread_barrier()
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))
+    q += i_b.to(gl.int64) * (q_b * 8) + i_h.to(gl.int64) * (q_h * 8)
+    for i in gl.static_range(8):
+        row = tokens.slice(i * 8, 8).load(gl.SliceLayout(1, ROWS))
+        there = gl.expand_dims(row >= 0, 1)
+        if DIM < D:
+            there = there & gl.expand_dims(o_d < DIM, 0)
+        at = q + gl.expand_dims(gl.maximum(row, 0).to(gl.int64) * (q_s * 8), 1) + gl.expand_dims(o_d, 0)
+        async_copy.async_copy_global_to_shared(q_tile.slice(i * 8, 8), at, mask=there)
+    # Counts up by the lanes, each of which counts down once its copies are there.
+    async_copy.mbarrier_arrive(bar)
+    gl.thread_barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
 def _announce(
-    desc_q, q_bufs, info, q_full, job, n, careful, qb, kb, heads,
-    PARTS: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
+    desc_q, q_bufs, info, q_full, job, n, n_full, careful, qb, kb, heads, PARTS: gl.constexpr, EVEN_K: gl.constexpr,
+    HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, WINDOWS: gl.constexpr,
+    gather, D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, FETCHED: gl.constexpr,
 ):  # fmt: skip
     """Tell the consumers their next job, its biased and its plain tiles, and fetch its queries."""
     tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
     n_biased = tiles if HAS_VALID else 1
+    if WINDOWS and not HAS_VALID:
+        n_biased = biased_tiles(n, n_full, tiles, EVEN_K, PARTS)
     n_plain = tiles - n_biased
     if HAS_POOLED:
         n_biased += gl.where(job < 0, 0, (kb + 127) // 128)
@@ -159,7 +199,9 @@ def _announce(
     gl.thread_barrier()
     i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
     for w in gl.static_range(2):
-        if GATHER:
+        if FETCHED:
+            _fetch_queries(gather, q_bufs.index(w).reshape([64, D]), q_full.index(w), i_q, i_h, i_b, w, D, DIM)
+        elif GATHER:
             mbarrier.arrive(q_full.index(w), count=1)
         else:
             mbarrier.expect(q_full.index(w), desc_q.block_type.nbytes)
@@ -168,25 +210,30 @@ def _announce(
 
 @gluon.jit
 def producer(
-    args, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    args, D: gl.constexpr, DIM: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
-    FAST: gl.constexpr,
+    FAST: gl.constexpr, WINDOWS: gl.constexpr, FETCHED: gl.constexpr,
 ):  # fmt: skip
     """Take jobs until there are none, and fetch their queries and tiles."""
     (
         desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,
         bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
-        list_b, list_h, bits_b, bits_h, bias_b, bias_h,
+        list_b, list_h, bits_b, bits_h, bias_b, bias_h, k_bits, k_base,
+        q, table, head_row, tokens, table_s, q_b, q_h, q_s,
         q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars,
     ) = args  # fmt: skip
     PARTS: gl.constexpr = 128 // BLOCK_K
+    EARLY: gl.constexpr = 1 if FETCHED else 0
+    gather = (q, table, head_row, tokens, table_s, q_b, q_h, q_s)
     LINE: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    PAIR: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     stage, phase, q_phase, careful, head = 0, 0, 1, 0, -1
     job, begin, n_full, n = _read_row(
         row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
     )
     _announce(
-        desc_q, q_bufs, info, q_full, job, n, careful, qb, kb, heads, PARTS, HAS_POOLED, HAS_VALID, GATHER
+        desc_q, q_bufs, info, q_full, job, n, n_full, careful, qb, kb, heads,
+        PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
     )  # fmt: skip
     first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
     one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)
@@ -209,33 +256,44 @@ def producer(
         number, next_job, next_begin, next_full, next_n = jobs, 0, 0, 0, 0
         next_one, next_two = kb, kb
         tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
+        n_biased = tiles if HAS_VALID else 1
+        if WINDOWS and not HAS_VALID:
+            n_biased = biased_tiles(n, n_full, tiles, EVEN_K, PARTS)
         for t in range(tiles):
-            extra = gl.full([128], 0.0, gl.float32, layout=LINE)
-            if HAS_VALID or t == 0:
+            if WINDOWS:
+                extra = (gl.full([128], 0, gl.int32, layout=LINE), gl.full([2], 0, gl.int32, layout=PAIR))
+            else:
+                extra = gl.full([128], 0.0, gl.float32, layout=LINE)
+            if t < n_biased:
                 o_k = gl.arange(0, 128, layout=LINE)
                 token = o_k % BLOCK_K + BLOCK_K * gl.where(o_k < BLOCK_K, one, two)
                 here = token < sk
                 if HAS_VALID:
                     here = here & (gl.load(valid + (i_b.to(gl.int64) * sk + token), mask=here, other=0) != 0)
-                extra = gl.where(here, 0.0, float("-inf"))
+                if WINDOWS:
+                    extra = key_bits(
+                        k_bits, k_base, token, here, one, two, o_k, n, n_full, first, t, kb, PARTS
+                    )  # fmt: skip
+                else:
+                    extra = gl.where(here, 0.0, float("-inf"))
             if t + 1 < tiles:
                 next_one, next_two = _blocks(ids, n, first, t + 1, kb, PARTS)
             stage, phase = _load_tile(
                 desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase,
-                HAS_VALID or t == 0, D, PARTS, STAGES,
+                t < n_biased, D, PARTS, STAGES, WINDOWS,
             )  # fmt: skip
             one, two = next_one, next_two
             # The next job is claimed late: one that is claimed during a long job waits for its end, though others are
             # idle. Each of these three reads takes about as long as a tile.
-            if t == gl.maximum(tiles - 5, 0):
+            if t == gl.maximum(tiles - 5 - EARLY, 0):
                 claim = _claim(counter)
-            if t == gl.maximum(tiles - 3, 0):
+            if t == gl.maximum(tiles - 3 - EARLY, 0):
                 number = programs + _claimed(claim)
                 next_job, next_begin, next_full, next_n = _read_row(
                     row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
                 )
             # Its queries follow once those of this job have left their buffer.
-            if t == gl.maximum(tiles - 2, gl.minimum(tiles - 1, STAGES + 1)):
+            if t == gl.maximum(tiles - 2 - EARLY, gl.minimum(tiles - 1, STAGES + 1)):
                 for w in gl.static_range(2):
                     mbarrier.wait(q_empty.index(w), q_phase ^ 1)
                 q_phase ^= 1
@@ -254,8 +312,8 @@ def producer(
                         )
                         head = gl.load(again + head)
                 _announce(
-                    desc_q, q_bufs, info, q_full, next_job, next_n, careful, qb, kb, heads,
-                    PARTS, HAS_POOLED, HAS_VALID, GATHER,
+                    desc_q, q_bufs, info, q_full, next_job, next_n, next_full, careful, qb, kb, heads,
+                    PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
                 )  # fmt: skip
         job, begin, n_full, n = next_job, next_begin, next_full, next_n
         first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)

@@ -19,6 +19,8 @@ class HopperConfig:
         fast: take no maximum after the first tile of a row and repeat the query blocks for which that fails.
         sorted_rounds: query blocks come longest list first within groups of heads that hold about this many times as many
             of them as there are programs; 0 leaves them in order.
+        fetch: the producer asks for the queries of an order one job ahead; otherwise the consumers read them themselves.
+        late_bias: what a biased tile adds to its products is added after them; otherwise they begin with it.
         max_programs: at most this many programs, for tests; each then does more query blocks.
         consumer_regs: registers of a thread of either consumer; the three groups of warps share 504 a lane.
         producer_regs: registers of a thread of the producer.
@@ -27,6 +29,8 @@ class HopperConfig:
     stages: int
     fast: bool = True
     sorted_rounds: int = 4
+    fetch: bool = True
+    late_bias: bool = True
     max_programs: int | None = None
     consumer_regs: int = 240
     producer_regs: int = 24
@@ -52,7 +56,9 @@ def tile_layout() -> str:
 
 
 # What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper_aot).
-_SPILLS = {64: 40, 128: 280}
+# The producer has 24 registers and asks for the queries of an order; loops with windows reload two words a tile.
+_SPILLS = {64: 60, 128: 280}
+_MORE_SPILLS = {"GATHER": 120, "HAS_WINDOWS": 220}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
     "lse": "*fp32",
@@ -62,6 +68,7 @@ _OPTIONAL = {
     "HAS_PARTIAL": {"partial": "*i32"},
     "HAS_POOLED": {"bias": "*fp32", "bits": "*i32"},
     "HAS_VALID": {"valid": "*i1"},
+    "HAS_WINDOWS": {"q_lo": "*i32", "q_hi": "*i32", "k_bits": "*i32", "k_base": "*i32"},
     "GATHER": {"table": "*i32", "head_row": "*i32"},
 }
 
@@ -69,6 +76,7 @@ _OPTIONAL = {
 def aot_specs(kernel: Any) -> list[AotSpec]:
     """List the configurations of ``kernel`` that stand for all that users meet."""
     every = {"EVEN_K": False, "HAS_PARTIAL": True, "HAS_POOLED": True}
+    windows = {"EVEN_K": False, "HAS_PARTIAL": True, "HAS_WINDOWS": True}
     cases: list[tuple[str, int, int, str, dict[str, Any]]] = [
         ("plain", 128, 128, "bf16", {}),
         ("plain", 64, 128, "bf16", {}),
@@ -81,6 +89,9 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
         ("ragged+pooled+order", 128, 128, "bf16", every | {"GATHER": True}),
         ("ragged+pooled+order", 128, 64, "bf16", every | {"GATHER": True}),
         ("ragged+pooled+order", 64, 64, "bf16", every | {"GATHER": True}),
+        ("windows+order", 128, 128, "bf16", {"HAS_PARTIAL": True, "HAS_WINDOWS": True, "GATHER": True}),
+        ("ragged+windows+order", 128, 64, "bf16", windows | {"GATHER": True}),
+        ("ragged+windows+valid", 64, 64, "fp16", windows | {"HAS_VALID": True}),
         ("ragged+valid+order", 96, 64, "bf16", every | {"GATHER": True, "HAS_VALID": True, "HAS_POOLED": False}),
         ("ragged+valid", 64, 64, "fp16", every | {"HAS_VALID": True, "HAS_POOLED": False}),
     ]
@@ -99,6 +110,8 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         "FAST": config.fast and dtype == "bf16",
         "CONSUMER_REGS": config.consumer_regs,
         "PRODUCER_REGS": config.producer_regs,
+        "FETCH": config.fetch,
+        "LATE_BIAS": config.late_bias,
     }
     values |= dict.fromkeys(_OPTIONAL, False)
     values |= flags
@@ -134,7 +147,7 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         constexprs=values,
         options={"num_warps": 4},
         targets=("sm_90",),
-        max_spill_bytes=_SPILLS[d],
+        max_spill_bytes=_SPILLS[d] + sum(more for flag, more in _MORE_SPILLS.items() if values[flag]),
         gluon=True,
         divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*") and n not in _UNALIGNED),
     )

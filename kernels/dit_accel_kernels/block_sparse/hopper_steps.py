@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_windows import hide, row_bits
+
 __all__ = [
     "fast_step",
     "finish",
@@ -85,6 +87,24 @@ def _start_logits(
 
 
 @gluon.jit
+def _logits(s, extras, stage, S_LAYOUT: gl.constexpr, BIAS: gl.constexpr):
+    """Wait for the product with the keys, and add or hide what has not been added before it.
+
+    ``BIAS`` says how biased tiles are: 0 begins the product with what is to be added, -1 adds it afterwards, 1 and 2 hide
+    what is outside of the windows of tiles of one and two blocks.
+    """
+    if BIAS == 0:
+        return warpgroup_mma_wait(1, deps=[s])
+    elif BIAS == -1:
+        s = warpgroup_mma_wait(1, deps=[s])
+        return s + gl.expand_dims(extras.index(stage).load(gl.SliceLayout(0, S_LAYOUT)), 0)
+    else:
+        rows = row_bits(extras, stage)
+        s = warpgroup_mma_wait(1, deps=[s])
+        return hide(s, extras, stage, rows, S_LAYOUT, BIAS)
+
+
+@gluon.jit
 def _start_values(acc, p, v_bufs, bars, stage, phase, D: gl.constexpr):
     mbarrier.wait(bars[1].index(stage), phase)
     return warpgroup_mma(p, v_bufs.index(stage).reshape([128, D]), acc, is_async=True)
@@ -115,12 +135,13 @@ def _wait_values(acc, p, new_p, shares):
 def first_tile(
     acc, p, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
     S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FAST: gl.constexpr,
+    BIAS: gl.constexpr = 0,
 ):  # fmt: skip
     """Weights, maximum and sums of the first tile of a job, while the last values of the job before are added."""
     after, after_phase = next_stage(stage, phase, STAGES)
-    s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, True)
+    s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIAS == 0)
     acc = _start_values(acc, p, v_bufs, bars, stage, phase, D)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = _logits(s, extras, after, S_LAYOUT, BIAS)
     row_max = gl.maximum(gl.max(s, 1) * scale2, -1.0e30)
     weights = gl.exp2(s * scale2 - gl.expand_dims(row_max, 1))
     shares = _shares(weights)
@@ -137,12 +158,13 @@ def first_tile(
 def fast_step(
     acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
     S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BIASED: gl.constexpr,
+    BIAS: gl.constexpr = 0,
 ):  # fmt: skip
     """Like :func:`step`, but weights stay relative to ``row_max``: no maximum, nothing to rescale."""
     after, after_phase = next_stage(stage, phase, STAGES)
-    s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIASED)
+    s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIASED and BIAS == 0)
     acc = _start_values(acc, p, v_bufs, bars, stage, phase, D)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = _logits(s, extras, after, S_LAYOUT, BIAS if BIASED else 0)
     weights = gl.exp2(s * scale2 - gl.expand_dims(row_max, 1))
     shares += _shares(weights)
     new_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
@@ -155,12 +177,13 @@ def fast_step(
 def step(
     acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
     S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BIASED: gl.constexpr,
+    BIAS: gl.constexpr = 0,
 ):  # fmt: skip
     """Add the values of the tile at ``(stage, phase)`` and turn the logits of the next one into weights."""
     after, after_phase = next_stage(stage, phase, STAGES)
-    s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIASED)
+    s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIASED and BIAS == 0)
     acc = _start_values(acc, p, v_bufs, bars, stage, phase, D)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = _logits(s, extras, after, S_LAYOUT, BIAS if BIASED else 0)
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale2)
     weights = gl.exp2(s * scale2 - gl.expand_dims(new_max, 1))
     shrink = gl.exp2(row_max - new_max)

@@ -7,15 +7,38 @@ logit instead of seven. A key that everybody sees sets none.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["window_bits"]
+from ..types import TokenWindows
+
+__all__ = ["PackedWindows", "packed_windows", "window_bits"]
 
 _CODES = 10  # of each axis: three times as many bits fit into 32
+_LIMIT = 1023  # codes that are packed, three in 32 bits, are less, counted from the least one
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PackedWindows:
+    """Windows in four words: three axes of ten bits each.
+
+    Attributes:
+        q_lo: int32 ``[Sq]``.
+        q_hi: int32 ``[Sq]``.
+        k_bits: int32 ``[Sk]``, as :func:`window_bits` has them.
+        k_base: int32 ``[ceil(Sk / tile)]``, the least codes of each tile.
+    """
+
+    q_lo: Tensor
+    q_hi: Tensor
+    k_bits: Tensor
+    k_base: Tensor
 
 
 def window_bits(k_code: Tensor, tile: int) -> tuple[Tensor, Tensor] | None:
@@ -40,6 +63,43 @@ def window_bits(k_code: Tensor, tile: int) -> tuple[Tensor, Tensor] | None:
         answers[key] = (bits, base) if bool(near) else None
     found: tuple[Tensor, Tensor] | None = answers[key]
     return found
+
+
+def packed_windows(windows: TokenWindows, tile: int) -> PackedWindows | None:
+    """The same for kernels that keep the bounds of queries in registers; ``None`` also where codes are 1023 or more apart.
+
+    Codes and bounds are counted from the least code of an axis, so that negative ones fit as well.
+
+    Found once for each tensor of lower bounds, as long as that lives and the others are the same.
+
+    Args:
+        windows: intervals of the queries and codes of the keys.
+        tile: keys of a tile.
+    """
+    found = window_bits(windows.k_code, tile)
+    if found is None:
+        return None
+    tensors = (windows.q_lo, windows.q_hi, windows.k_code)
+    key = (tile, *((id(x), 0 if x.is_inference() else x._version) for x in tensors))
+    answers = _packed.setdefault(windows.q_lo, {})
+    if key not in answers:
+        if windows.k_code.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        code = windows.k_code
+        free = code[:1] < 0
+        least = code.masked_fill(free, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
+        least = least.masked_fill(free.all(), 0)
+        fits = bool((code.masked_fill(free, 0) - least < _LIMIT).all())
+        lo, hi = (_pack((x - least).clamp(0, _LIMIT)) for x in tensors[:2])
+        base = _pack((found[1] - least).clamp_min(0))
+        # The tensors stay, lest another one get the id of one of them.
+        answers[key] = (PackedWindows(lo, hi, found[0], base) if fits else None, tensors[1:])
+    packed: PackedWindows | None = answers[key][0]
+    return packed
+
+
+def _pack(x: Tensor) -> Tensor:
+    return (x[0] | (x[1] << 10) | (x[2] << 20)).to(torch.int32).contiguous()
 
 
 def _find(k_code: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
