@@ -39,8 +39,8 @@ def variants(precision: str, dim: int) -> dict[str, Hopper8Config]:
         return {"default": base, "one stage less": replace(base, stages=base.stages - 1)}
     return {
         "default": base,
-        "headroom 5": replace(base, headroom=5.0),
-        "three stages": replace(base, stages=3),
+        "no turns": replace(base, turns=False),
+        "no lines": replace(base, lines=False),
     }
 
 

@@ -32,7 +32,8 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 # Relative to the norm of the reference. Products are exact; bfloat16 weights are off by up to 2^-9, e4m3 ones by up to 2^-4
 # (2.6 % in the mean square of a uniform mantissa), which is what is left of it in the output of random values.
 TOLERANCE = {"bf16": 6e-3, "fp8": 4e-2}
-LSE_TOLERANCE = 3e-3
+# The log-sum-exp is that of the weights as they were multiplied: a row that one key dominates has its rounding.
+LSE_TOLERANCE = {"bf16": 3e-3, "fp8": 0.11}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def check(case: Case, out: Tensor, lse: Tensor, again: Tensor, want: Tensor, wan
     empty = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, empty), f"{case}: empty rows differ"
     off = (lse - want_lse).masked_fill(empty, 0).abs().max().item()
-    assert off <= LSE_TOLERANCE * (10 if case.kind == "wild" else 1), f"{case}: log-sum-exp differs by {off:.3g}"
+    allowed = LSE_TOLERANCE[PRECISIONS[case.precision].pv] * (10 if case.kind == "wild" else 1)
+    assert off <= allowed, f"{case}: log-sum-exp differs by {off:.3g}, at most {allowed:g} is allowed"
     assert not out[empty].any(), f"{case}: rows without keys must be 0"
     sys.stdout.write(f"error {error:.2e} lse {off:.1e} {case}\n")
     sys.stdout.flush()
@@ -236,7 +238,8 @@ def groups(precision: str) -> dict[str, list[Case]]:
             replace(base, dim=64, kind="wild"),
         ],
         "padded head sizes": [replace(base, dim=dim, block_k=64, sk=1000) for dim in (40, 72, 96)],
-        "one stage": [replace(base, stages=1, programs=3), replace(base, stages=2)],
+        # With e4m3 values three are needed.
+        "few stages": [replace(base, stages=n, programs=3) for n in ((1, 2) if precision == "int8" else (3,))],
         "random, 128 by 64": random_cases(precision, 128, 64),
         "random, 64 by 128": random_cases(precision, 64, 128),
     }
@@ -290,6 +293,11 @@ def test_rerouted_calls_have_a_reason() -> None:
     assert reroute_reason(q, made, lists) is None
     valid = torch.ones(1, 256, dtype=torch.bool)
     assert "key_valid" in (reroute_reason(q, made, lists, key_valid=valid) or "")
+    pooled = Pooled(
+        q[:, :, :2], q[:, :, :2], torch.zeros(1, 1, 2), pack_bits(torch.ones(1, 1, 2, 2, dtype=torch.uint8))
+    )
+    assert reroute_reason(q, made, lists, pooled=pooled) is None
+    assert "remainder" in (reroute_reason(q, _small("int8_fp8")[1], lists, pooled=pooled) or "")
     odd = torch.randn(1, 2, 256, 68).bfloat16()[..., :64]
     assert "multiples of 16 bytes" in (reroute_reason(q, replace(made, v=odd), lists) or "")
 

@@ -18,11 +18,13 @@ from ..quantize import Precision, QuantizedQKV
 from ..types import BlockLists, Pooled, TokenOrder
 from .hopper8_specs import Hopper8Config, hopper8_config
 
-# Kinds of values with which this code has passed tests/kernels/test_hopper8.py on a GPU; others only run when called
-# directly. Add "fp8" once its groups have passed.
-_RUN_ON_A_GPU = ("bf16",)
+# Kinds of values with which this code has passed tests/kernels/test_hopper8.py on a GPU, without and with a remainder;
+# others only run when called directly. Add "fp8" to the second once its groups "pooled" have passed.
+_RUN_ON_A_GPU = ("bf16", "fp8")
+_RUN_WITH_A_REMAINDER = ("bf16",)
 _QUERIES = 128  # rows of a job, both consumers together
 _LIMIT = 2.0**60  # of the sum of some bfloat16 weights: a larger one needs a new base
+_E4M3_LIMIT = 440.0  # of the sum of 32 e4m3 weights, 256 for 32 of a fresh base: a saturated one, 448, is above it
 _LOG2E = 1.0 / math.log(2.0)
 
 __all__ = ["quantized_hopper", "reroute_reason", "run_hopper8", "why_not_hopper8"]
@@ -72,6 +74,8 @@ def reroute_reason(
     """
     if key_valid is not None:
         return "key_valid is not supported"
+    if pooled is not None and made.precision.pv not in _RUN_WITH_A_REMAINDER:
+        return "with e4m3 values a pooled remainder has not run on a GPU, see docs/hopper8_notes.md"
     tensors = {"q": q}
     if pooled is not None:
         tensors |= {"pooled.k": pooled.k, "pooled.v": pooled.v}
@@ -182,10 +186,11 @@ def _exact_blocks(
     counter, order_of_last = torch.empty(1 + jobs - in_order, dtype=torch.int32, device=q.device).split(
         [1, jobs - in_order]
     )
+    part = (128, columns, 128) if block_k == 128 else (64, 64, 128)
     args: dict[str, Any] = {
         "desc_q": _descriptor(made.q, 64, columns, columns),
-        "desc_k": _descriptor(made.k, 64, columns, columns),
-        "desc_v": _descriptor(made.v, columns, 64, 64) if fp8 else _descriptor(made.v, 64, columns, 128),
+        "desc_k": _descriptor(made.k, block_k, columns, columns),
+        "desc_v": _descriptor(made.v, *((columns, 64, 64) if fp8 else part)),
         "desc_o": None if gather else _descriptor(out, 64, columns, 128),
         "out": out,
         "lse": lse if return_lse else None,
@@ -197,7 +202,7 @@ def _exact_blocks(
         "table": None if order is None else order.table.contiguous(),
         "head_row": None if order is None else order.head.contiguous(),
         "scale2": scale * _LOG2E,
-        "limit": _LIMIT,
+        "limit": _E4M3_LIMIT if fp8 else _LIMIT,
         "zero": 0,
         "sq": sq,
         "sk": sk,
@@ -232,6 +237,8 @@ def _exact_blocks(
             GATHER=gather,
             HAS_LSE=return_lse,
             HEADROOM=config.headroom,
+            TURNS=config.turns,
+            LINES=config.lines,
             CONSUMER_REGS=config.consumer_regs,
             PRODUCER_REGS=config.producer_regs,
             num_warps=4,

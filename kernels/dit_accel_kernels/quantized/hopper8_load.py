@@ -1,7 +1,8 @@
 """The producer warp of the 8-bit Hopper kernel: hands out jobs, fetches their tiles and the scales; see :mod:`.hopper8`.
 
-Like :mod:`dit_accel_kernels.block_sparse.hopper_load`, with two differences: a scale travels with each half of a tile, so
-block numbers are read two tiles ahead and scales one, and no job is ever repeated.
+Like :mod:`dit_accel_kernels.block_sparse.hopper_load`, with three differences: a scale travels with each half of a tile, so
+block numbers are read two tiles ahead and scales one; keys come with the values of the tile before, which are needed at the
+same time, so that consumers wait once a step; and no job is ever repeated.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ..block_sparse.hopper_load import _blocks, _claim, _claimed, _first, _program, _read_row
+from ..block_sparse.hopper_load import _blocks, _claim, _claimed, _copy, _first, _program, _read_row
 from ..block_sparse.hopper_steps import next_stage, split_job
 
 __all__ = ["producer"]
@@ -24,35 +25,55 @@ def _pair(a, b):
 
 
 @gluon.jit
+def _copy_values(desc_v, i_b, i_h, one, two, v_bufs, bar, stage, D: gl.constexpr, PARTS: gl.constexpr):
+    """Fetch the values of one or two blocks; transposed ones as two tiles of 64 keys."""
+    if desc_v.dtype.primitive_bitwidth == 8:
+        at0, at1 = one * 128, one * 128 + 64
+        if PARTS == 2:
+            at0, at1 = one * 64, two * 64
+        tma.async_copy_global_to_shared(desc_v, [i_b, i_h, 0, at0], bar, v_bufs.index(stage * 2))
+        tma.async_copy_global_to_shared(desc_v, [i_b, i_h, 0, at1], bar, v_bufs.index(stage * 2 + 1))
+    else:
+        _copy(desc_v, i_b, i_h, one, two, v_bufs, bar, stage, D, PARTS)
+
+
+@gluon.jit
+def _copy_keys(desc_k, i_b, i_h, one, two, k_bufs, bar, stage, D: gl.constexpr, PARTS: gl.constexpr):
+    """Fetch the keys of one or two blocks."""
+    if PARTS == 1:
+        tma.async_copy_global_to_shared(desc_k, [i_b, i_h, one * 128, 0], bar, k_bufs.index(stage))
+    else:
+        # The same bytes as pieces of 64 keys.
+        pieces = k_bufs._reinterpret(desc_k.dtype, [k_bufs.shape[0] * 2, 1, 1, 64, D], desc_k.layout)
+        tma.async_copy_global_to_shared(desc_k, [i_b, i_h, one * 64, 0], bar, pieces.index(stage * 2))
+        tma.async_copy_global_to_shared(desc_k, [i_b, i_h, two * 64, 0], bar, pieces.index(stage * 2 + 1))
+
+
+@gluon.jit
 def _load_tile(
-    desc_k, desc_v, i_b, i_h, one, two, scale_one, scale_two, extra, k_bufs, v_bufs, scales, extras, bars, stage, phase,
-    biased, D: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    desc_k, desc_v, i_b, i_h, one, two, scale_one, scale_two, extra, last, k_bufs, v_bufs, scales, extras, bars,
+    stage, phase, biased, D: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill one stage of the rings with the keys and values of one or two blocks, in halves."""
-    k_full, v_full, empty = bars
-    TRANSPOSED: gl.constexpr = desc_v.dtype.primitive_bitwidth == 8
-    after, after_phase = next_stage(stage, phase, STAGES)
-    at0, at1 = one * 128, one * 128 + 64
-    if PARTS == 2:
-        at0, at1 = one * 64, two * 64
+    """Fetch the keys of one or two blocks, and with them the values of the tile before: ``last``, -1 for none."""
+    ready, empty = bars
+    last_b, last_h, last_one, last_two, last_stage = last
+    KEYS: gl.constexpr = 128 * D
+    VALUES: gl.constexpr = 128 * D * (desc_v.dtype.primitive_bitwidth // 8)
+    # All have done with the keys that were here, and with the values of the tile before them.
     mbarrier.wait(empty.index(stage), phase ^ 1)
     scales.index(stage).store(_pair(scale_one, scale_two))
     if biased:
         extras.index(stage).store(extra)
     gl.thread_barrier()
-    mbarrier.expect(k_full.index(stage), 2 * desc_k.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc_k, [i_b, i_h, at0, 0], k_full.index(stage), k_bufs.index(stage * 2))
-    tma.async_copy_global_to_shared(desc_k, [i_b, i_h, at1, 0], k_full.index(stage), k_bufs.index(stage * 2 + 1))
-    # The values that were here are done with one tile after their keys.
-    mbarrier.wait(empty.index(after), after_phase ^ 1)
-    mbarrier.expect(v_full.index(stage), 2 * desc_v.block_type.nbytes)
-    if TRANSPOSED:
-        tma.async_copy_global_to_shared(desc_v, [i_b, i_h, 0, at0], v_full.index(stage), v_bufs.index(stage * 2))
-        tma.async_copy_global_to_shared(desc_v, [i_b, i_h, 0, at1], v_full.index(stage), v_bufs.index(stage * 2 + 1))
+    bar = ready.index(stage)
+    if last_b >= 0:
+        mbarrier.expect(bar, KEYS + VALUES)
+        _copy_values(desc_v, last_b, last_h, last_one, last_two, v_bufs, bar, last_stage, D, PARTS)
     else:
-        tma.async_copy_global_to_shared(desc_v, [i_b, i_h, at0, 0], v_full.index(stage), v_bufs.index(stage * 2))
-        tma.async_copy_global_to_shared(desc_v, [i_b, i_h, at1, 0], v_full.index(stage), v_bufs.index(stage * 2 + 1))
-    return after, after_phase
+        mbarrier.expect(bar, KEYS)
+    _copy_keys(desc_k, i_b, i_h, one, two, k_bufs, bar, stage, D, PARTS)
+    after, after_phase = next_stage(stage, phase, STAGES)
+    return (i_b, i_h, one, two, stage), after, after_phase
 
 
 @gluon.jit
@@ -93,6 +114,7 @@ def producer(
     PARTS: gl.constexpr = 128 // BLOCK_K
     LINE: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     stage, phase, q_phase = 0, 0, 1
+    last = (-1, 0, 0, 0, 0)
     job, begin, n_full, n = _read_row(
         row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
     )
@@ -114,14 +136,14 @@ def producer(
                 o_k = gl.arange(0, 128, layout=LINE)
                 token = o_k % BLOCK_K + BLOCK_K * gl.where(o_k < BLOCK_K, one, two)
                 extra = gl.where(token < sk, 0.0, float("-inf"))
-            last_one, last_two = _blocks(ids, n, first, t + 2, kb, PARTS)
+            later_one, later_two = _blocks(ids, n, first, t + 2, kb, PARTS)
             next_scale_one, next_scale_two = _scales_of(p_scale, next_one, next_two, kb, PARTS)
-            stage, phase = _load_tile(
-                desc_k, desc_v, i_b, i_h, one, two, scale_one, scale_two, extra, k_bufs, v_bufs, scales, extras, bars,
-                stage, phase, t == 0, D, PARTS, STAGES,
+            last, stage, phase = _load_tile(
+                desc_k, desc_v, i_b, i_h, one, two, scale_one, scale_two, extra, last, k_bufs, v_bufs, scales, extras,
+                bars, stage, phase, t == 0, D, PARTS, STAGES,
             )  # fmt: skip
             one, two, scale_one, scale_two = next_one, next_two, next_scale_one, next_scale_two
-            next_one, next_two = last_one, last_two
+            next_one, next_two = later_one, later_two
             if t == 0:
                 # The next job was claimed one job ago; its list is asked for now, so that nobody waits for either.
                 number = programs + _claimed(claim)

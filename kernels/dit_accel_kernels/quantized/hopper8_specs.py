@@ -17,6 +17,8 @@ class Hopper8Config:
     Attributes:
         stages: tiles of K, and as many of V, that fit into the ring.
         headroom: with e4m3 weights, binary orders of magnitude that the largest weight of a fresh base has above 1.
+        turns: with e4m3 weights, whether the consumers take turns in starting products.
+        lines: with e4m3 weights, take half of the exponentials as straight lines between powers of two.
         sorted_rounds: query blocks come longest list first within groups of heads that hold about this many times as many
             of them as there are programs; 0 leaves them in order.
         max_programs: at most this many programs, for tests; each then does more query blocks.
@@ -26,6 +28,8 @@ class Hopper8Config:
 
     stages: int
     headroom: float = 3.0
+    turns: bool = True
+    lines: bool = True
     sorted_rounds: int = 4
     max_programs: int | None = None
     consumer_regs: int = 240
@@ -39,7 +43,8 @@ def hopper8_config(columns: int, pv: str) -> Hopper8Config:
         columns: of queries and keys.
         pv: format of the values, ``"fp8"`` or ``"bf16"`` for 16 bits.
     """
-    return Hopper8Config(stages=(5 if pv == "fp8" else 3) * (128 // columns))
+    # Turns were measured with 128 columns only.
+    return Hopper8Config(stages=(4 if pv == "fp8" else 3) * (128 // columns), turns=columns == 128)
 
 
 def tile_layout(swizzle: int, bits: int) -> str:
@@ -51,7 +56,7 @@ def tile_layout(swizzle: int, bits: int) -> str:
 
 
 # What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper8_aot).
-_SPILLS = {64: 32, 128: 160}
+_SPILLS = {64: 32, 128: 128}
 _TYPES = {"int8": "i8", "fp8": "fp8e4nv"}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter"), "*i32"),
@@ -92,6 +97,8 @@ def _spec(
         "HAS_PARTIAL": False,
         "GATHER": False,
         "HEADROOM": config.headroom,
+        "TURNS": config.turns,
+        "LINES": config.lines,
         "CONSUMER_REGS": config.consumer_regs,
         "PRODUCER_REGS": config.producer_regs,
     }
@@ -101,12 +108,14 @@ def _spec(
         types["partial"] = "*i32"
     if values["GATHER"]:
         types |= {"table": "*i32", "head_row": "*i32"}
-    code = f"{_TYPES[qk]}[1, 1, 64, {dim}],{tile_layout(dim, 8)}"
-    types |= {"desc_q": f"tensordesc<{code}>", "desc_k": f"tensordesc<{code}>"}
-    wide = f"{dtype}[1, 1, 64, {dim}],{tile_layout(128, 16)}"
-    types["desc_v"] = f"tensordesc<fp8e4nv[1, 1, {dim}, 64],{tile_layout(64, 8)}>" if pv == "fp8" else ""
-    types["desc_v"] = types["desc_v"] or f"tensordesc<{wide}>"
-    types["desc_o"] = f"tensordesc<{wide}>"
+    code = f"{_TYPES[qk]}[1, 1, {{}}, {dim}],{tile_layout(dim, 8)}"
+    types |= {"desc_q": f"tensordesc<{code.format(64)}>", "desc_k": f"tensordesc<{code.format(block_k)}>"}
+    wide = f"{dtype}[1, 1, {{}}, {{}}],{tile_layout(128, 16)}"
+    if pv == "fp8":
+        types["desc_v"] = f"tensordesc<fp8e4nv[1, 1, {dim}, 64],{tile_layout(64, 8)}>"
+    else:
+        types["desc_v"] = f"tensordesc<{wide.format(*((128, dim) if block_k == 128 else (64, 64)))}>"
+    types["desc_o"] = f"tensordesc<{wide.format(64, dim)}>"
     signature = {}
     for name in kernel.arg_names:
         if name in types and not (name == "desc_o" and values["GATHER"]):

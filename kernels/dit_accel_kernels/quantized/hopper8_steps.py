@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from ..block_sparse.hopper_steps import next_stage, release
 from .hopper8_finish import finish
 from .hopper8_weights import (
     declare_flag,
     first_logits,
+    halves,
     load_scales,
     logits,
     note_sums,
-    pack_weights,
     shares_of,
     start_logits,
     too_large,
     total,
     weights_of,
+    whole,
 )
 
 __all__ = ["consumer", "told"]
@@ -36,54 +42,57 @@ def told(info, q_full, q_phase):
 
 
 @gluon.jit
-def _start(
-    acc, p0, p1, q_op, k_bufs, v_bufs, bars, stage, phase, after, after_phase, S_LAYOUT: gl.constexpr, D: gl.constexpr
-):
-    """Begin all products of a step: four groups, to be waited for in this order."""
+def _start(acc, p, q_op, k_bufs, v_bufs, bars, stage, after, after_phase, S_LAYOUT: gl.constexpr, D: gl.constexpr):
+    """Begin both products of a step, to be waited for in this order."""
     mbarrier.wait(bars[0].index(after), after_phase)
-    s0 = start_logits(q_op, k_bufs, after * 2, S_LAYOUT, D)
-    s1 = start_logits(q_op, k_bufs, after * 2 + 1, S_LAYOUT, D)
-    mbarrier.wait(bars[1].index(stage), phase)
-    acc = warpgroup_mma(p0, v_bufs.index(stage * 2).reshape([64, D]), acc, is_async=True)
-    acc = warpgroup_mma(p1, v_bufs.index(stage * 2 + 1).reshape([64, D]), acc, is_async=True)
-    return acc, s0, s1
+    s = start_logits(q_op, k_bufs, after, S_LAYOUT, D)
+    acc = warpgroup_mma(p, v_bufs.index(stage).reshape([128, D]), acc, is_async=True)
+    return acc, s
+
+
+@gluon.jit
+def _pack(w0, w1, like, S_LAYOUT: gl.constexpr):
+    """Weights of both halves as the operand of the product with the values."""
+    return gl.convert_layout(whole(w0, w1, S_LAYOUT).to(like.dtype), like.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def _first_tile(
-    acc, p0, p1, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    acc, p, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+    S_LAYOUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Weights, base and sums of the first tile of a job, while the last values of the job before are added."""
     after, after_phase = next_stage(stage, phase, STAGES)
-    acc, s0, s1 = _start(acc, p0, p1, q_op, k_bufs, v_bufs, bars, stage, phase, after, after_phase, S_LAYOUT, D)
-    s0, s1 = warpgroup_mma_wait(2, deps=[s0, s1])
-    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, S_LAYOUT)
+    acc, s = _start(acc, p, q_op, k_bufs, v_bufs, bars, stage, after, after_phase, S_LAYOUT, D)
+    s = warpgroup_mma_wait(1, deps=[s])
+    s0, s1 = halves(s, HALF)
+    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, HALF)
     w0, w1 = gl.exp2(x0 - gl.expand_dims(base, 1)), gl.exp2(x1 - gl.expand_dims(base, 1))
     shares = shares_of(w0) + shares_of(w1)
-    new_p0, new_p1 = pack_weights(w0, p0.dtype, O_LAYOUT), pack_weights(w1, p0.dtype, O_LAYOUT)
-    acc, p0, p1, new_p0, new_p1 = warpgroup_mma_wait(0, deps=[acc, p0, p1, new_p0, new_p1])
-    release(bars[2].index(after))
-    return acc, new_p0, new_p1, base, shares, after, after_phase
+    new_p = _pack(w0, w1, p, S_LAYOUT)
+    acc, p, new_p = warpgroup_mma_wait(0, deps=[acc, p, new_p])
+    release(bars[1].index(after))
+    return acc, new_p, base, shares, after, after_phase
 
 
 @gluon.jit
 def _step(
-    acc, p0, p1, base, shares, q_op, q_factor, k_bufs, v_bufs, scales, bars, stage, phase, limit,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, I_W: gl.constexpr,
+    acc, p, base, shares, q_op, q_factor, k_bufs, v_bufs, scales, bars, stage, phase, limit,
+    S_LAYOUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, I_W: gl.constexpr,
 ):  # fmt: skip
     """Add the values of the tile at ``(stage, phase)`` and turn the logits of the next one into weights."""
     after, after_phase = next_stage(stage, phase, STAGES)
-    acc, s0, s1 = _start(acc, p0, p1, q_op, k_bufs, v_bufs, bars, stage, phase, after, after_phase, S_LAYOUT, D)
+    acc, s = _start(acc, p, q_op, k_bufs, v_bufs, bars, stage, after, after_phase, S_LAYOUT, D)
     scale0, scale1 = load_scales(scales, after)
+    s = warpgroup_mma_wait(1, deps=[s])
     f0, f1 = q_factor * scale0, q_factor * scale1
-    s0, s1 = warpgroup_mma_wait(2, deps=[s0, s1])
+    s0, s1 = halves(s, HALF)
     w0, w1 = weights_of(s0, f0, base), weights_of(s1, f1, base)
-    new_p0, new_p1 = pack_weights(w0, p0.dtype, O_LAYOUT), pack_weights(w1, p0.dtype, O_LAYOUT)
+    new_p = _pack(w0, w1, p, S_LAYOUT)
     sums = note_sums(shares_of(w0) + shares_of(w1), limit, I_W)
     bad = too_large(stage, I_W)
-    acc, p0, p1, new_p0, new_p1 = warpgroup_mma_wait(0, deps=[acc, p0, p1, new_p0, new_p1])
-    release(bars[2].index(after))
+    acc, p, new_p = warpgroup_mma_wait(0, deps=[acc, p, new_p])
+    release(bars[1].index(after))
     if bad != 0:
         x0, x1 = logits(s0, f0), logits(s1, f1)
         new_base = gl.maximum(base, gl.maximum(gl.max(x0, 1), gl.max(x1, 1)))
@@ -91,10 +100,10 @@ def _step(
         base = new_base
         w0, w1 = gl.exp2(x0 - gl.expand_dims(base, 1)), gl.exp2(x1 - gl.expand_dims(base, 1))
         sums = shares_of(w0) + shares_of(w1)
-        new_p0, new_p1 = pack_weights(w0, p0.dtype, O_LAYOUT), pack_weights(w1, p0.dtype, O_LAYOUT)
+        new_p = _pack(w0, w1, p, S_LAYOUT)
         shares = shares * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, shares.type.layout)), 1)
         acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout)), 1)
-    return acc, new_p0, new_p1, base, shares + sums, after, after_phase
+    return acc, new_p, base, shares + sums, after, after_phase
 
 
 @gluon.jit
@@ -105,31 +114,34 @@ def consumer(
     """Do 64 rows of each job of the program; values are bfloat16."""
     (
         desc_o, out, lse, v_scale, table, head_row, scale2, limit, _zero, qb, heads, sq, out_b, out_h, out_s,
-        q_bufs, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
+        q_bufs, q_own, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
     ) = args  # fmt: skip
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    S_ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ROW: gl.constexpr = gl.SliceLayout(1, HALF)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     q_tile = q_bufs.index(I_W).reshape([64, D])
+    own = q_own.index(I_W).reshape([64, D])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     row_scales = q_scales.slice(I_W * 64, 64)
     # As if a job without a number had come before: its weights are 0, its values are what the memory holds.
     stage, phase, q_phase, done = STAGES - 1, 1, 0, -2
     acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
-    p0 = pack_weights(gl.zeros([64, 64], gl.float32, layout=S_LAYOUT), v_bufs.dtype, O_LAYOUT)
-    p1 = p0
-    done_base = gl.zeros([64], gl.float32, layout=S_ROW)
+    p = gl.zeros([64, 128], v_bufs.dtype, layout=gl.DotOperandLayout(0, O_LAYOUT, 2))
+    done_base = gl.zeros([64], gl.float32, layout=ROW)
     done_sum = done_base
     job, tiles = told(info, q_full.index(I_W), q_phase)
     job = declare_flag(job, I_W)
     while job != -1:
-        q_op = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 4))
-        q_factor = row_scales.load(S_ROW) * scale2
+        # The buffer in which the queries come is soon that of the next job.
+        own.store(q_tile.load(COPY))
+        fence_async_shared()
+        q_factor = row_scales.load(ROW) * scale2
         release(q_empty.index(I_W))
-        acc, p0, p1, base, shares, stage, phase = _first_tile(
-            acc, p0, p1, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
-            S_LAYOUT, O_LAYOUT, D, STAGES,
-        )  # fmt: skip
+        acc, p, base, shares, stage, phase = _first_tile(
+            acc, p, own, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase, S_LAYOUT, HALF, D, STAGES
+        )
         if done >= 0:
             finish(
                 acc, done_sum, done_base + gl.log2(done_sum), o_bufs.index(I_W), desc_o, out, lse, v_scale, table,
@@ -138,12 +150,10 @@ def consumer(
             )  # fmt: skip
         acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
         for _t in range(tiles - 1):
-            acc, p0, p1, base, shares, stage, phase = _step(
-                acc, p0, p1, base, shares, q_op, q_factor, k_bufs, v_bufs, scales, bars, stage, phase, limit,
-                S_LAYOUT, O_LAYOUT, D, STAGES, I_W,
+            acc, p, base, shares, stage, phase = _step(
+                acc, p, base, shares, own, q_factor, k_bufs, v_bufs, scales, bars, stage, phase, limit,
+                S_LAYOUT, HALF, D, STAGES, I_W,
             )  # fmt: skip
-        done, done_base, done_sum = job, base, total(shares, S_LAYOUT)
+        done, done_base, done_sum = job, base, total(shares, HALF)
         q_phase ^= 1
         job, tiles = told(info, q_full.index(I_W), q_phase)
-    # The last job was one without a number: nothing of it may be on its way when the program ends.
-    mbarrier.wait(bars[1].index(stage), phase)

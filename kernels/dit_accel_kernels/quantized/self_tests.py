@@ -19,7 +19,8 @@ __all__ = ["TOLERANCE", "compare"]
 # of e4m3 have three bits after the leading one, so each is off by up to 6 %, at random; those of INT8 by up to half a
 # percent of the largest of their tile, which counts where a row sees few keys.
 TOLERANCE = {"bf16": 2e-2, "int8": 6e-2, "fp8": 4e-2}
-_LSE_TOLERANCE = {"bf16": 1e-3, "int8": 6e-2, "fp8": 1e-3}
+# The Hopper kernel's log-sum-exp with e4m3 weights is that of the rounded weights, 1 to 3 % of a sum of some hundred.
+_LSE_TOLERANCE = {"bf16": 1e-3, "int8": 6e-2, "fp8": 6e-2}
 
 
 def compare(
