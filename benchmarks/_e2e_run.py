@@ -18,16 +18,39 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
+from dit_accel.asked import choose
 
-__all__ = ["FIXED", "METHODS", "Subject", "measure_case", "warm"]
+__all__ = [
+    "FIXED",
+    "METHODS",
+    "PLANS",
+    "Subject",
+    "alone",
+    "cudnn_first",
+    "held",
+    "peak",
+    "profiled",
+    "relative",
+    "settle",
+    "timed",
+]
 
-#: Compared methods. Each head keeps as many blocks as any other, so the work is the density whatever the maps. The last
-#: two say what we cost: everything kept, reordered and with the pooled remainder, and our hook around dense attention.
+#: Compared methods. Each head keeps as many blocks as any other, so the work is the density whatever the maps. "plain" is
+#: the kernel alone, in the order of the tokens. "kept" and "hooked" say what we cost: everything kept, with tokens put in
+#: order and a pooled remainder, and our hook around dense attention.
 METHODS: dict[str, dict[str, Any]] = {
-    "plain": {"method": None, "score": "mass", "select": "top_k", "warmup": 0.0},
-    "union": {"method": "union", "warmup": 0.0},
     "auto": {"method": "auto", "refresh": (), "warmup": 0.0},
-    "kept": {"method": "union", "warmup": 0.0},
+    "plain": {"method": None, "score": "spread", "select": "top_k_head", "warmup": 0.0},
+    "union": {"method": "union", "warmup": 0.0},
+    "kept": {
+        "method": None,
+        "order": "axes",
+        "order_choice": "spread",
+        "score": "spread",
+        "select": "top_k_head",
+        "compensate": "mean",
+        "warmup": 0.0,
+    },
     "hooked": {"method": "auto", "warmup": 1.0},
 }
 #: Methods whose density is not the one asked for.
@@ -40,8 +63,8 @@ PLANS = (
     "together are the density"
 )
 STEPS = 50
+_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 _ATTENTION = re.compile(r"sdpa|flash_fprop|fmha|flash_fwd|_scaled_dot_product_flash_attention_for_cpu")
-_DENSE_ROUNDS, _SPARSE_ROUNDS = 3, 3
 
 
 @dataclass
@@ -75,9 +98,18 @@ class Subject:
         """Self-attention calls of a step."""
         return sum(self.layers)
 
+    def missing(self) -> tuple[float, int]:
+        """Weights in GiB of the blocks that were left out, and their number."""
+        gib, count = 0.0, 0
+        lists = [getattr(self.model, name) for name in _LISTS if hasattr(self.model, name)]
+        for blocks, most in zip(lists, self.case.layers, strict=True):
+            each = sum(p.numel() * p.element_size() for p in blocks[0].parameters()) / 2**30
+            gib, count = gib + each * (most - len(blocks)), count + most - len(blocks)
+        return gib, count
+
     def compile(self, *, whole: bool = True) -> None:
         """Compile the repeated blocks, ``whole`` as one graph each."""
-        for name in ("blocks", "transformer_blocks", "single_transformer_blocks"):
+        for name in _LISTS:
             for block in getattr(self.model, name, []):
                 block.compile(fullgraph=whole, backend=self.compiler, dynamic=False)
 
@@ -97,13 +129,19 @@ class Subject:
         """The next step is the first of a run."""
         self._step = 0
 
-    def enable(self, method: str, density: float, **more: Any) -> dit_accel.Handle:
+    def _options(self, method: str, density: float) -> dict[str, Any]:
+        options = {**METHODS[method], "density": density}
+        return options if method in _OWN_BLOCKS else {**options, "block_q": self.block, "block_k": self.block}
+
+    def method(self, name: str, density: float) -> dit_accel.Method:
+        """One of :data:`METHODS` at a density."""
+        options = self._options(name, density)
+        return choose(options.pop("method"), options)
+
+    def enable(self, method: str, density: float) -> dit_accel.Handle:
         """Accelerate it; the first step plans."""
         self.restart()
-        options = {**METHODS[method], "density": density}
-        if method not in _OWN_BLOCKS:
-            options |= {"block_q": self.block, "block_k": self.block}
-        return dit_accel.enable(self.model, min_tokens=0, **{**options, **more})
+        return dit_accel.enable(self.model, min_tokens=0, **self._options(method, density))
 
 
 @contextmanager
@@ -194,122 +232,21 @@ def alone(subject: Subject) -> float:
     return subject.attentions * statistics.median(found)
 
 
+def settle(subject: Subject, most: int = 12) -> None:
+    """Steps until two take as long: what other processes had launched before they were stopped is then done."""
+    before = 0.0
+    for _ in range(most):
+        now = timed(subject.step, subject.device, 1)[0]
+        if abs(now - before) < 0.05 * now:
+            return
+        before = now
+
+
+def held(device: torch.device) -> float:
+    """Memory in use, GiB."""
+    return torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
 def relative(found: Tensor, want: Tensor) -> float:
     """Relative L2 distance."""
     return float((found.float() - want.float()).norm() / want.float().norm())
-
-
-def warm(subject: Subject, density: float, methods: list[str]) -> dict[str, dict[str, float]]:
-    """Compile everything, and the gate: with everything kept the output is that of dense attention.
-
-    Returns:
-        By method: relative errors of the first step's output, ``kept`` with everything kept and ``sparse`` at the density,
-        and ``exact``, the density of exact blocks with which all the work of a step is the density.
-
-    Raises:
-        RuntimeError: if it is not.
-    """
-    found: dict[str, dict[str, float]] = {}
-    with cudnn_first(subject.device):
-        subject.restart()
-        dense = subject.step()
-        for method in methods:
-            with subject.enable(method, 1.0) as handle:
-                found[method] = {"kept": relative(subject.step(), dense), "exact": FIXED.get(method, density)}
-                sparse = handle.stats()["transformer"].sparse_calls
-            if sparse != (0 if method == "hooked" else subject.attentions):
-                raise RuntimeError(
-                    f"{subject.case.name}: {sparse} of {subject.attentions} calls of {method} were sparse"
-                )
-            if method in FIXED:
-                continue
-            with subject.enable(method, density) as handle:
-                found[method]["sparse"] = relative(subject.step(), dense)
-                subject.step()
-                found[method]["exact"] = max(2 * density - _work(handle), density / 2)
-    limit = 2e-2 if subject.dtype == torch.bfloat16 else 1e-4
-    bad = {name: error["kept"] for name, error in found.items() if not error["kept"] <= limit}
-    if bad:
-        raise RuntimeError(f"{subject.case.name}: with everything kept the output is off by {bad}, limit {limit}")
-    return found
-
-
-def _work(handle: dit_accel.Handle) -> float:
-    """Work of the latest step over that of dense attention."""
-    by_step = handle.stats()["transformer"].density_by_step
-    return by_step[max(by_step)]
-
-
-def measure_case(subject: Subject, methods: list[str], gate: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
-    """All numbers of one model, after :func:`warm`; a record after each method, the last one with all."""
-    device = subject.device
-    with cudnn_first(device):
-        subject.restart()
-        subject.step()
-        with peak(device) as dense_peak:
-            dense = timed(subject.step, device, _DENSE_ROUNDS)
-        where = profiled(subject.step, device, subject.attentions)
-        attention_ms = where.attention_ms or alone(subject)
-        rows: dict[str, dict[str, Any]] = {}
-        found = {
-            "name": subject.case.name,
-            "tokens": subject.case.tokens,
-            "batch": subject.case.batch,
-            "layers": list(subject.layers),
-            "of_layers": list(subject.case.layers),
-            "block": subject.block,
-            "attention_ms": attention_ms,
-            "attention_by": "kernels" if where.attention_ms else "attention alone",
-            "dense_peak_gib": dense_peak[0],
-            "dense_kernels": where.top(),
-            "gate": gate,
-            "methods": rows,
-        }
-        yield {**found, "complete": False, **_compared(rows, dense, attention_ms, dense_peak[0])}
-        for method in methods:
-            rows[method] = _sparse(subject, method, gate[method]["exact"])
-            yield {**found, "complete": False, **_compared(rows, dense, attention_ms, dense_peak[0])}
-        dense += timed(subject.step, device, 2)
-    yield {**found, "complete": True, **_compared(rows, dense, attention_ms, dense_peak[0])}
-
-
-def _compared(
-    rows: dict[str, dict[str, Any]], dense: list[float], attention_ms: float, dense_peak: float
-) -> dict[str, Any]:
-    """What dense attention took; the rows are told how they compare."""
-    dense_ms = statistics.median(dense)
-    share = attention_ms / dense_ms
-    for row in rows.values():
-        ceiling = 1 / (1 - share + share * row["density"])
-        row["speedup"] = dense_ms / row["step_ms"]
-        row["ceiling"], row["of_ceiling"] = ceiling, row["speedup"] / ceiling
-        row["peak_ratio"] = row["peak_gib"] / dense_peak if dense_peak else 1.0
-    return {"dense_ms": dense_ms, "dense_all_ms": list(dense), "attention_share": share}
-
-
-def _sparse(subject: Subject, method: str, density: float) -> dict[str, Any]:
-    """One method: the planning step, then steps that use the plan."""
-    device = subject.device
-    with subject.enable(method, density) as handle:
-        with peak(device) as plan_peak:
-            planning = timed(subject.step, device, 1)[0]
-        with peak(device) as sparse_peak:
-            sparse = timed(subject.step, device, _SPARSE_ROUNDS)
-        where = profiled(subject.step, device, subject.attentions)
-        status = handle.stats()["transformer"]
-        blocks = handle.runs["transformer"].method
-    last = max(status.density_by_step)
-    return {
-        "step_ms": statistics.median(sparse),
-        "all_ms": sparse,
-        "planning_step_ms": planning,
-        "density": status.density_by_step[last],
-        "exact_density": status.sparse_density,
-        "backend": status.backend,
-        "blocks": f"{blocks.block_q}x{blocks.block_k}",
-        "peak_gib": sparse_peak[0],
-        "planning_peak_gib": plan_peak[0],
-        "reasons": status.reasons,
-        "kernels": where.top(),
-        "kernels_ms": where.total_ms,
-    }

@@ -23,21 +23,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _e2e_measure import Measurement
 from _e2e_models import CASES, TOY, Case
-from _e2e_run import METHODS, PLANS, Subject, measure_case, warm
-from _e2e_workers import measure_all, say
+from _e2e_run import METHODS, PLANS, Subject
+from _e2e_workers import mark, measure_all, say
 from _timing import environment
 
 from dit_accel._files import write_whole
+from dit_accel_kernels import backends
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def stage(text: str) -> list[str]:
+    """Methods that are measured in one go.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is no such method.
+    """
+    names = text.split(",")
+    if not set(names) <= set(METHODS):
+        raise argparse.ArgumentTypeError(f"methods must be of {', '.join(METHODS)}, got {text!r}")
+    return names
 
 
 def options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=None, help=f"of {', '.join(CASES)}")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        type=stage,
+        default=[["auto", "plain"], ["kept", "hooked"], ["union"]],
+        help=f"of {', '.join(METHODS)}; those joined by commas are measured in one go, all models before the next",
+    )
+    parser.add_argument(
+        "--no-self-test", action="store_true", help="take kernels without their self-test, where their tests have run"
+    )
     parser.add_argument("--density", type=float, default=0.2, help="work of a sparse step over dense work")
     parser.add_argument("--layers", type=int, nargs="*", default=None, help="blocks of each list, 0 for all")
     parser.add_argument("--block", type=int, default=128, help="tokens in a block; auto has its own")
@@ -77,23 +100,43 @@ def subject_of(name: str, args: argparse.Namespace, device: torch.device) -> Sub
 
 
 def worker(args: argparse.Namespace) -> None:
-    """A process of one model: warm up, say so, wait for a line, measure, write a JSON line after each method."""
+    """A process of one model: at each stage warm up, say so, wait for a line, measure, tell what is known so far."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
+    if args.no_self_test:
+        backends.self_test = _untested
     subject = subject_of(args.worker, args, device)
+    mark(f"{args.worker}: built")
+    need: dict[str, Any] = {"device": device, "dtype": subject.dtype, "head_dim": subject.case.dim, "block_q": 128}
+    for block_k in (128, 64):
+        mark(f"{args.worker}: 128x{block_k}: {backends.choose_backend(**need, block_k=block_k)}")
     subject.compile()
-    gate = warm(subject, args.density, args.methods)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    say({"ready": args.worker})
-    sys.stdin.readline()
-    for record in measure_case(subject, args.methods, gate):
-        say(record)
+    found = Measurement(subject, args.density)
+    for methods in args.methods:
+        found.gate(methods)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        say({"ready": args.worker})
+        sys.stdin.readline()
+        for known in found.measure(methods):
+            say({"known": known, "stage_over": False, "complete": False})
+        say({"known": found.record(), "stage_over": True, "complete": methods is args.methods[-1]})
+
+
+def _untested(*_: Any) -> None: ...
 
 
 def commands(names: list[str], args: argparse.Namespace) -> dict[str, list[str]]:
     """How the worker of each model is started."""
-    command = [sys.executable, str(Path(__file__)), "--density", str(args.density), "--methods", *args.methods]
+    command = [
+        sys.executable,
+        str(Path(__file__)),
+        "--density",
+        str(args.density),
+        "--methods",
+        *map(",".join, args.methods),
+    ]
     command += ["--toy"] if args.toy else ["--block", str(args.block)]
+    command += ["--no-self-test"] if args.no_self_test else []
     command += ["--layers", *map(str, args.layers)] if args.layers is not None else []
     return {name: [*command, "--worker", name] for name in names}
 
@@ -107,7 +150,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
     with table.open("a", newline="", encoding="utf-8") as file:
         rows = [row for case in record["cases"] for row in _rows(case, record)]
         if rows:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerows(rows)
@@ -120,7 +163,7 @@ def _rows(case: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
     for method, row in case["methods"].items():
         numbers = {"dense_ms": case["dense_ms"], "attention_share": case["attention_share"], **row}
         kept = ("dense_ms", "attention_share", "density", "step_ms", "speedup", "ceiling", "of_ceiling")
-        kept += ("planning_step_ms", "peak_gib", "peak_ratio")
+        kept += ("planning_step_ms", "peak_gib", "peak_ratio", "whole_peak_ratio", "whole_planning_peak_ratio")
         rounded = {key: f"{numbers[key]:.4g}" for key in kept}
         told = {"method": method, "backend": row["backend"], "blocks": row["blocks"]}
         rows.append({**shared, **told, **rounded, **_where(record)})
@@ -135,9 +178,9 @@ def table(record: dict[str, Any]) -> str:
     """What was found, as text."""
     head = f"{'':26s}{'layers':>9s} {'method':>7s} {'backend':>9s} {'blocks':>8s} {'dense ms':>9s} {'f':>6s} {'d':>6s} "
     head += (
-        f"{'ms':>9s} {'x':>6s} {'ceiling':>8s} {'of it':>6s} {'plan ms':>9s} {'peak':>6s} {'x peak':>6s} {'gate':>8s}"
+        f"{'ms':>9s} {'x':>6s} {'ceiling':>8s} {'of it':>6s} {'plan ms':>9s} {'peak':>6s} {'x peak':>6s} {'whole':>6s} "
     )
-    lines = [head]
+    lines = [head + f"{'gate':>8s}"]
     for case in record["cases"]:
         layers = "+".join(map(str, case["layers"]))
         for method, row in case["methods"].items():
@@ -145,7 +188,8 @@ def table(record: dict[str, Any]) -> str:
                 f"{case['name']:26s}{layers:>9s} {method:>7s} {row['backend']:>9s} {row['blocks']:>8s} "
                 f"{case['dense_ms']:9.1f} {case['attention_share']:6.3f} {row['density']:6.3f} {row['step_ms']:9.1f} "
                 f"{row['speedup']:6.2f} {row['ceiling']:8.2f} {row['of_ceiling']:6.3f} {row['planning_step_ms']:9.1f} "
-                f"{row['peak_gib']:6.1f} {row['peak_ratio']:6.3f} {case['gate'][method]['kept']:8.1e}"
+                f"{row['peak_gib']:6.1f} {row['peak_ratio']:6.3f} {row['whole_peak_ratio']:6.3f} "
+                f"{case['gate'][method]['kept']:8.1e}"
             )
     lines += [f"not measured, or not all of it: {name}" for name in record["failed"]]
     return "\n".join(lines)

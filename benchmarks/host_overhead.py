@@ -97,11 +97,12 @@ def stubbed(name: str) -> Iterator[tuple[Callable[[], object], Callable[[], Any]
     options: dict[str, Any] = {"density": 0.3} if name in ("auto", "union", "adaspa") else {}
     blocks = {"block_q": 128, "block_k": 64 if name == "auto" else 128}
     with contextlib.ExitStack() as stack:
+        # Functions, not mocks with return values: those would take longer than what is measured.
+        stack.enter_context(mock.patch.object(JITFunction, "__getitem__", _no_launcher))
         for patch in (
-            mock.patch("dit_accel.eligibility.choose_backend", lambda **need: ("hopper", {})),
-            mock.patch("dit_accel_kernels.block_sparse.hopper_launch.multiprocessors", lambda device: 132),
+            mock.patch("dit_accel.eligibility.choose_backend", _hopper),
+            mock.patch("dit_accel_kernels.block_sparse.hopper_launch.multiprocessors", _multiprocessors),
             mock.patch("torch.cuda.device", _Nowhere),
-            mock.patch.object(JITFunction, "__getitem__", lambda kernel, grid: _no_launch),
         ):
             stack.enter_context(patch)
         handle = stack.enter_context(dit_accel.enabled(model, name, min_tokens=0, warmup=0.0, **options, **blocks))
@@ -122,8 +123,7 @@ def stubbed(name: str) -> Iterator[tuple[Callable[[], object], Callable[[], Any]
             installation.run.begin_forward(geometry, dit_accel.StepInfo(step=step, steps=10))
             call()
         before = handle.stats()["transformer"].sparse_calls
-        stack.enter_context(mock.patch("dit_accel_kernels._common.triton_reason", lambda x: None))
-        stack.enter_context(mock.patch("dit_accel_kernels._launch.torch.cuda.get_device_capability", lambda *_: (9, 0)))
+        stack.enter_context(mock.patch("dit_accel_kernels._common.triton_reason", _no_reason))
         call()
         yield call, lambda: _no_operators(installation, qkv)
         assert handle.stats()["transformer"].sparse_calls > before
@@ -141,6 +141,21 @@ class _Nowhere:
 
 
 def _no_launch(*args: Any, **options: Any) -> None: ...
+
+
+def _no_launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+    return _no_launch
+
+
+def _hopper(**need: Any) -> tuple[str, dict[str, str]]:
+    return "hopper", {}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return 132
+
+
+def _no_reason(x: Tensor) -> None: ...
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_accel_patches.calls import Call
+from dit_accel_patches.copies import in_one_piece
 from dit_accel_patches.handles import LayerHandle, find
 
 __all__ = ["DenseCall", "attend", "set_dense_call"]
@@ -112,7 +113,7 @@ def _here(
 
 def _as_promised(out: Tensor, query: Tensor) -> Tensor:
     """The dtype and layout that the fake kernel promised; under autocast dense attention returns another dtype."""
-    return out.to(query.dtype).contiguous()
+    return in_one_piece(out.to(query.dtype))
 
 
 def _attend_fake(

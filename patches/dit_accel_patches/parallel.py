@@ -4,8 +4,8 @@
 processors. Where one of ours is told, its operator sends queries, keys and values to the processes of their heads, lets the
 run carry out the call as if there were one process, and sends the output back. Shards of a ring are exchanged in the same
 way, over all processes of the ring and of Ulysses together, and the status says so: docs/multi_gpu.md has the arithmetic of
-memory and traffic against diffusers' ring, which gathers all keys and values on every process. What cannot be exchanged goes
-to the user's own backend, which knows the configuration.
+memory and traffic against diffusers' ring, which gathers all keys and values on every process. What cannot be exchanged
+goes to the user's own backend, which knows the configuration.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dit_accel.geometry import TokenGeometry
 from dit_accel_patches.arguments import argument
-from dit_accel_patches.parallel_exchange import Ranks, Streams
+from dit_accel_patches.parallel_exchange import Arrival, Ranks, Streams
 from dit_accel_patches.parallel_heads import SharedHeads
 
 __all__ = ["Spread", "find_config", "update"]
@@ -88,12 +88,16 @@ class Spread:
             run.decline(handle.index, reason or streams)
             return as_is(query, key, value, mask)
         share = self._share_of(run, handle.index, query, mask)
-        dealt = [share.deal(x, 2) for x in (query, key, value)]
-        under_way = [streams.to_heads(x, share.counts) for x in dealt]
+        under_way: list[Arrival] = []
+        for x in (query, key, value):
+            if len(under_way) == 2:
+                under_way[0].wait()  # what was sent then makes room for what is packed next; the wires stay busy
+            under_way.append(streams.to_heads(share.deal(x, 2), share.counts))
         if mask is not None and mask.shape[-1] != streams.tokens:
             mask = streams.whole_mask(mask)
         q, k, v = (arrival.wait() for arrival in under_way)
         out = here(q, k, v, mask)
+        del q, k, v
         out = share.collect(streams.to_tokens(out, share.counts), 2)
         blended = getattr(run, "blended", None)
         return out if blended is None else blended(out, value, handle.index)

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from dit_accel_patches.copies import in_one_piece
+
 __all__ = ["Arrival", "Ranks", "Streams", "even_counts"]
 
 
@@ -60,16 +62,18 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A tensor under way; :meth:`wait` returns it."""
+    """A tensor under way; :meth:`wait` returns it, and drops what was sent, which is as large."""
 
-    works: tuple[Any, ...]
+    works: list[Any]
     buffer: Tensor
-    sent: tuple[Tensor, ...]
+    sent: list[Tensor]
 
     def wait(self) -> Tensor:
         """``[B, S, h, D]``, a view with a contiguous last dimension."""
         for work in self.works:
             work.wait()
+        self.works.clear()
+        self.sent.clear()
         return self.buffer.transpose(0, 1)
 
 
@@ -113,7 +117,8 @@ class Streams:
         batch, _, _, dim = x.shape
         mine, row = heads[self.ranks.rank], batch * dim
         buffer = x.new_empty((self.tokens, batch, mine, dim))
-        works, sent = [], []
+        works: list[Any] = []
+        sent: list[Tensor] = []
         for part, place, chunk in zip(self._here(x, 1), buffer.split(self.lengths), self.chunks, strict=True):
             tokens = part.shape[1]
             packed = _packed(part, heads)
@@ -128,7 +133,7 @@ class Streams:
                     async_op=True,
                 )
             )
-        return Arrival(tuple(works), buffer, tuple(sent))
+        return Arrival(works, buffer, sent)
 
     def to_tokens(self, x: Tensor, heads: Sequence[int]) -> Tensor:
         """Undo :meth:`to_heads`: all heads of this process's tokens, ``[B, S / N, H, D]``, in the order of dealing out."""
@@ -141,7 +146,7 @@ class Streams:
             dist.all_to_all_single(got, part.contiguous().view(-1), into, outof, group=self.ranks.group)
             if len(set(heads)) == 1:
                 whole = got.view(self.ranks.size, tokens, batch, mine, dim).permute(2, 1, 0, 3, 4)
-                parts.append(whole.reshape(batch, tokens, -1, dim))
+                parts.append(in_one_piece(whole).view(batch, tokens, -1, dim))
             else:
                 pieces = [p.view(tokens, batch, n, dim) for p, n in zip(got.split(into), heads, strict=True)]
                 parts.append(torch.cat(pieces, 2).transpose(0, 1))
@@ -164,5 +169,5 @@ def _packed(x: Tensor, heads: Sequence[int]) -> Tensor:
     """``[B, S, H, D]`` as one run ``[S, B, h, D]`` for each process, flat."""
     if len(set(heads)) == 1:
         by_process: Tensor = x.unflatten(2, (len(heads), -1)).permute(2, 1, 0, 3, 4)
-        return by_process.contiguous().view(-1)
-    return torch.cat([part.transpose(0, 1).reshape(-1) for part in x.split(list(heads), 2)])
+        return in_one_piece(by_process).view(-1)
+    return torch.cat([in_one_piece(part.transpose(0, 1)).view(-1) for part in x.split(list(heads), 2)])

@@ -53,9 +53,9 @@ def qwen() -> nn.Module:
     ).eval()
 
 
-def wan_call(model: nn.Module, timestep: float, frames: int = 5, batch: int = 1, width: int = 24) -> Tensor:
+def wan_call(model: nn.Module, timestep: float, frames: int = 5, batch: int = 1) -> Tensor:
     made = torch.Generator().manual_seed(1)
-    latent = torch.randn(batch, 4, frames, 18 if width % 4 else 16, width, generator=made)
+    latent = torch.randn(batch, 4, frames, 16, 24, generator=made)
     text = torch.randn(batch, 7, 16, generator=made)
     times = torch.full((batch,), timestep)
     return model(hidden_states=latent, timestep=times, encoder_hidden_states=text, return_dict=False)[0]
@@ -169,7 +169,7 @@ SCENARIOS: dict[str, Scenario] = {
         settings("adaspa", density=0.3),
         {"ring_degree": SIZE, "ring_anything": True},
         after=False,
-        options={"frames": 3, "width": 22},
+        options={"frames": 3},
     ),
     "flux ring": Scenario(flux, flux_call, settings("auto", density=0.3), {"ring_degree": SIZE}, after=False),
     "wan anything": Scenario(

@@ -1,0 +1,175 @@
+"""What is measured of one model: a gate, then dense and sparse steps, method by method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from _e2e_run import FIXED, Subject, alone, cudnn_first, held, peak, profiled, relative, settle, timed
+from _e2e_workers import mark
+from torch import Tensor
+
+import dit_accel
+
+__all__ = ["Measurement"]
+
+_DENSE_ROUNDS, _SPARSE_ROUNDS = 3, 3
+
+
+class Measurement:
+    """All numbers of one model.
+
+    Args:
+        subject: the model, compiled.
+        density: work of a sparse step over that of dense attention.
+    """
+
+    def __init__(self, subject: Subject, density: float) -> None:
+        self.subject, self.density = subject, density
+        self._gate: dict[str, dict[str, float]] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._dense: list[float] = []
+        self._first: Tensor | None = None
+        self._fixed: dict[str, Any] = {}
+
+    def gate(self, methods: list[str]) -> None:
+        """Compile what methods need; with everything kept the output must be that of dense attention.
+
+        Raises:
+            RuntimeError: if it is not.
+        """
+        subject = self.subject
+        with cudnn_first(subject.device):
+            if self._first is None:
+                subject.restart()
+                self._first = subject.step()
+                mark(f"{subject.case.name}: dense compiled")
+            for method in methods:
+                self._gate[method] = self._passed(method, self._first)
+                mark(f"{subject.case.name}: {method} is ready")
+
+    def _passed(self, method: str, dense: Tensor) -> dict[str, float]:
+        """Relative errors of the first step's output, and the density of exact blocks that makes all work the density."""
+        subject = self.subject
+        with subject.enable(method, 1.0) as handle:
+            error = relative(subject.step(), dense)
+            sparse = handle.stats()["transformer"].sparse_calls
+        if sparse != (0 if method == "hooked" else subject.attentions):
+            raise RuntimeError(f"{subject.case.name}: {sparse} of {subject.attentions} calls of {method} were sparse")
+        limit = 2e-2 if subject.dtype == torch.bfloat16 else 1e-4
+        if not error <= limit:
+            raise RuntimeError(
+                f"{subject.case.name}: with everything kept {method} is off by {error}, the limit is {limit}"
+            )
+        if method in FIXED:
+            return {"kept": error, "exact": FIXED[method]}
+        with subject.enable(method, self.density) as handle:
+            found = relative(subject.step(), dense)
+            subject.step()
+            exact = max(2 * self.density - _work(handle), self.density / 2)
+        return {"kept": error, "sparse": found, "exact": exact}
+
+    def measure(self, methods: list[str]) -> Iterator[dict[str, Any]]:
+        """Time dense steps and those of methods that have passed the gate; all that is known, after each method."""
+        subject = self.subject
+        with cudnn_first(subject.device):
+            subject.restart()
+            settle(subject)
+            if self._fixed:
+                self._dense += timed(subject.step, subject.device, 1)
+            else:
+                self._measure_dense()
+            yield self.record()
+            for method in methods:
+                self._rows[method] = self._sparse(method)
+                yield self.record()
+            self._dense += timed(subject.step, subject.device, 1)
+        yield self.record()
+
+    def _measure_dense(self) -> None:
+        subject = self.subject
+        with peak(subject.device) as highest:
+            self._dense += timed(subject.step, subject.device, _DENSE_ROUNDS)
+        where = profiled(subject.step, subject.device, subject.attentions)
+        self._fixed = {
+            "name": subject.case.name,
+            "tokens": subject.case.tokens,
+            "batch": subject.case.batch,
+            "layers": list(subject.layers),
+            "of_layers": list(subject.case.layers),
+            "block": subject.block,
+            "attention_ms": where.attention_ms or alone(subject),
+            "attention_by": "kernels" if where.attention_ms else "attention alone",
+            "dense_peak_gib": highest[0],
+            "missing_weights_gib": subject.missing()[0],
+            "dense_kernels": where.top(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """All that is known."""
+        fixed, dense_ms = self._fixed, statistics.median(self._dense)
+        share, missing = fixed["attention_ms"] / dense_ms, fixed["missing_weights_gib"]
+        rows = {
+            name: _compared(row, dense_ms, share, fixed["dense_peak_gib"], missing) for name, row in self._rows.items()
+        }
+        times = {"dense_ms": dense_ms, "dense_all_ms": self._dense, "attention_share": share}
+        return {**fixed, **times, "gate": self._gate, "methods": rows}
+
+    def _sparse(self, method: str) -> dict[str, Any]:
+        """One method: the planning step, then steps that use the plan."""
+        subject, device = self.subject, self.subject.device
+        with subject.enable(method, self._gate[method]["exact"]) as handle:
+            before = held(device)
+            with peak(device) as plan_peak:
+                planning = timed(subject.step, device, 1)[0]
+            kept = held(device) - before
+            with peak(device) as sparse_peak:
+                sparse = timed(subject.step, device, _SPARSE_ROUNDS)
+            where = profiled(subject.step, device, subject.attentions)
+            status = handle.stats()["transformer"]
+            blocks = handle.runs["transformer"].method
+        return {
+            "step_ms": statistics.median(sparse),
+            "all_ms": sparse,
+            "planning_step_ms": planning,
+            "density": status.density_by_step[max(status.density_by_step)],
+            "exact_density": status.sparse_density,
+            "backend": status.backend,
+            "blocks": f"{blocks.block_q}x{blocks.block_k}",
+            "peak_gib": sparse_peak[0],
+            "planning_peak_gib": plan_peak[0],
+            "plans_gib": kept,
+            "missing_plans_gib": kept / subject.attentions * subject.missing()[1],
+            "reasons": status.reasons,
+            "kernels": where.top(),
+            "kernels_ms": where.total_ms,
+        }
+
+
+def _work(handle: dit_accel.Handle) -> float:
+    """Work of the latest step over that of dense attention."""
+    by_step = handle.stats()["transformer"].density_by_step
+    return by_step[max(by_step)]
+
+
+def _compared(row: dict[str, Any], dense_ms: float, share: float, dense_peak: float, missing: float) -> dict[str, Any]:
+    """A row with how it compares with dense steps.
+
+    Args:
+        row: a method.
+        dense_ms: of a dense step.
+        share: of attention in it.
+        dense_peak: its highest memory in GiB.
+        missing: weights of the blocks that were left out, GiB.
+    """
+    ceiling, speedup = 1 / (1 - share + share * row["density"]), dense_ms / row["step_ms"]
+    found = {"speedup": speedup, "ceiling": ceiling, "of_ceiling": speedup / ceiling}
+    # With all blocks: their weights in both, and in ours what is kept of their plans.
+    whole, most = dense_peak + missing, max(row["peak_gib"], row["planning_peak_gib"])
+    more = missing + row["missing_plans_gib"]
+    found["peak_ratio"] = row["peak_gib"] / dense_peak if dense_peak else 1.0
+    found["whole_peak_ratio"] = (row["peak_gib"] + more) / whole if whole else 1.0
+    found["whole_planning_peak_ratio"] = (most + more) / whole if whole else 1.0
+    return {**row, **found}
