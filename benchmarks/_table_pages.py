@@ -38,8 +38,17 @@ def join(folder: Path, page: Path | None = None) -> None:
         text = page.read_text(encoding="utf-8")
         for name, part in (("overview", overview(rows)), ("tables", tables(rows)), ("ranks", ranks(rows))):
             text = renewed(text, name, part)
+        if "<!-- reasons -->" in text:
+            text = renewed(text, "reasons", reasons(rows))
         write_text(page, text)
-        shutil.copyfile(folder / "pareto.svg", page.parent / "assets" / PICTURE)
+        shutil.copyfile(folder / "pareto.svg", page.parent / "assets" / picture_of(page))
+
+
+def picture_of(page: Path) -> str:
+    """Name of the picture of a page: ``methods_table_image.md`` has ``methods_pareto_image.svg``."""
+    return (
+        PICTURE.replace(".", page.stem.removeprefix("methods_table") + ".") if "methods_table" in page.stem else PICTURE
+    )
 
 
 def renewed(text: str, name: str, part: str) -> str:
@@ -76,10 +85,11 @@ def overview(rows: list[Row]) -> str:
 def tables(rows: list[Row]) -> str:
     """Everything that was measured, a table for each target."""
     known = {r["method"] for r in rows if r["target"] is not None}
-    parts = [_table("Floor", at(rows, None))]
+    columns = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in rows)}
+    parts = [_table("Floor", at(rows, None), columns)]
     for target in targets(rows):
         here = at(rows, target)
-        part = _table(f"Work {target:g} of dense", here)
+        part = _table(f"Work {target:g} of dense", here, columns)
         refused = sorted(r["method"] for r in rows if r["target"] == target and "error" in r)
         missing = sorted(known - {r["method"] for r in here} - set(refused))
         for told, names in (("Cannot reach it", refused), ("Not run", missing)):
@@ -89,11 +99,22 @@ def tables(rows: list[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(heading: str, rows: list[Row]) -> str:
-    head = ["method", *(label for label, _ in COLUMNS.values())]
+def reasons(rows: list[Row]) -> str:
+    """Why methods have no numbers, in the engine's words."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "error" in row:
+            told.setdefault((row["method"], row["error"]), []).append(f"{row['target']:g}")
+    lines = ["| method | work | reason |", "|---|---|---|"]
+    lines += [f"| `{name}` | {', '.join(works)} | {error} |" for (name, error), works in sorted(told.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _table(heading: str, rows: list[Row], columns: dict[str, tuple[str, str]]) -> str:
+    head = ["method", *(label for label, _ in columns.values())]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [format(row[k], spec) if row.get(k) is not None else "" for k, (_, spec) in COLUMNS.items()]
+        cells = [format(row[k], spec) if row.get(k) is not None else "" for k, (_, spec) in columns.items()]
         if over(row):
             cells[0] += f" {_MARK}"
         name = row["method"] if row["method"] == FLOOR else f"`{row['method']}`"
@@ -109,6 +130,7 @@ def ranks(rows: list[Row]) -> str:
         "attention_rel_l1": "attention rel-L1",
         "recalled_mass": "recalled mass",
     }
+    labels = {key: label for key, label in labels.items() if any(row.get(key) is not None for row in rows)}
     lines = ["| work | methods | " + " | ".join(labels.values()) + " |", "|---" * (len(labels) + 2) + "|"]
     for target in targets(rows):
         here = at(rows, target)

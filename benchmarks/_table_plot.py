@@ -39,7 +39,7 @@ def plot(rows: list[Row], path: Path) -> None:
     lines = {
         m: sorted((r["density"], r["psnr"]) for r in good if r["method"] == m) for m in {r["method"] for r in good}
     }
-    families = _families(set(lines))
+    families = _families(set(lines)) or {"Ours": []}
     wide = 2 if len(families) > 1 else 1
     figure, grid = plt.subplots(
         -(-len(families) // wide), wide, figsize=(6.2 * wide, 4.4 * -(-len(families) // wide)), sharex=True, sharey=True

@@ -1,14 +1,16 @@
-"""Every method at equal work: quality of clips and of attention, cost of planning. Makes docs/methods_table.md.
+"""Every method at equal work: quality of clips or pictures and of attention, cost of planning. Makes docs/methods_table.md.
 
     python benchmarks/methods_table.py --workers 8 --out benchmarks/results/methods_table       # on a GPU
     python benchmarks/methods_table.py --toy                                                    # the same, small, on a CPU
     python benchmarks/methods_table.py --join benchmarks/results/methods_table --page docs/methods_table.md    # the page
+    python benchmarks/methods_table.py --model tiny_flux --workers 6       # pictures, for docs/methods_table_image.md
 
 Each prompt is generated dense and with every method from the same noise, at the same work over the whole run: warm-up,
 planning, pooled and gathered keys count (``run_density``). The warm-up is the method's own where it fits, and is cut to two
 fifths of the work otherwise. Metrics are against the dense clip, on raw frames; ``another seed`` is dense with other noise:
 what two unrelated clips score. All prompts of a row go through the model in batches. Worker processes take one row after
 another from a common list; rows that a file of the folder holds are left out, so that a run goes on where the last stopped.
+``--methods`` takes presets and the rows that ``VARIANTS`` of ``_table_models.py`` names, such as ``"sol, bricks"``.
 """
 
 from __future__ import annotations
@@ -31,14 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval", "benchmarks")]
 
 from _attention_probe import probing  # noqa: E402
+from _table_models import call_of, fill, lacking, model_folder, open_model, preset_of  # noqa: E402
 from _table_pages import join  # noqa: E402
 from _table_queue import RowQueue, read_samples  # noqa: E402
 from _table_rows import FLOOR  # noqa: E402
 
 import dit_accel  # noqa: E402
-from dit_accel.demo.pipeline import load  # noqa: E402
 from dit_accel.env import gpus, versions  # noqa: E402
-from dit_accel.learned import missing_scorer  # noqa: E402
 from dit_accel.presets import get_method  # noqa: E402
 from dit_accel.static_plan import StaticPlan  # noqa: E402
 from dit_accel_eval.files import append_record, write_json  # noqa: E402
@@ -55,44 +56,35 @@ T = TypeVar("T")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny_wan")
+    parser.add_argument("--model", type=model_folder, default=ROOT / "examples/tiny_wan", help="folder, or an example")
     parser.add_argument("--prompts", type=Path, help="one prompt a line (default: prompts.txt of the model)")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--first", type=int, default=0, help="first prompt")
-    parser.add_argument("--methods", nargs="+", help="default: every method that ships")
-    parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.3, 0.2, 0.1])
-    parser.add_argument("--frames", type=int, default=65)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--metrics", nargs="+", default=["psnr", "ssim", "lpips_alex", "flicker_difference"])
+    parser.add_argument(
+        "--methods", nargs="+", help="default: every method that ships; or rows of VARIANTS in _table_models.py"
+    )
+    parser.add_argument("--density", nargs="+", type=float, help="default: 0.5 0.3 0.2, and 0.1 for video")
+    parser.add_argument("--frames", type=int, help="of a clip, default: 65")
+    parser.add_argument("--steps", type=int, help="default: 30 for video, 28 for pictures")
+    parser.add_argument("--guidance", type=float, help="of video, default: 4")
+    parser.add_argument("--text", type=int, default=128, help="of pictures: positions of text, max_sequence_length")
+    parser.add_argument("--size", type=int, help="default: 128 for video, 256 for pictures")
+    parser.add_argument("--metrics", nargs="+", help="default: PSNR, SSIM, LPIPS, and flicker for video")
     parser.add_argument("--options", default="{}", help="JSON: further options of every method")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no sample is begun")
     parser.add_argument("--batch", type=int, default=16, help="prompts in one call")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rehearsed", nargs="*", default=[], help="methods whose kernels Triton's cache has already")
+    parser.add_argument("--no-probe", action="store_true", help="leave out error and recall of attention, a run each")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--toy", action="store_true", help="1 prompt, 17 frames, 6 steps, density 0.6")
+    parser.add_argument("--toy", action="store_true", help="1 prompt, 17 frames or 128 x 128, 6 steps, density 0.6")
     parser.add_argument("--join", type=Path, help="only make the tables of this folder")
     parser.add_argument("--page", type=Path, help="with --join: the page whose generated parts are renewed")
-    parser.add_argument("--out", type=Path, default=Path("methods-table"))
+    parser.add_argument("--out", type=Path, help="default: methods-table, for pictures in benchmarks/results")
     args = parser.parse_args()
-    if args.toy:
-        args.count, args.frames, args.steps, args.density = 1, 17, 6, [0.6]
-    if args.methods is None:
-        args.methods = [m.name for m in dit_accel.methods() if not m.is_dense and missing_scorer(m) is None]
+    fill(args)
     return args
-
-
-def call_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "height": args.size,
-        "width": args.size,
-        "num_frames": args.frames,
-        "guidance_scale": args.guidance,
-        "num_inference_steps": args.steps,
-    }
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -106,14 +98,15 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def warmup_of(name: str, density: float, args: argparse.Namespace) -> float:
     """Warm-up of a method at some work: its own, or what two fifths of the work allow."""
     allowed = math.floor(SHARE * density * args.steps + 1e-6) / args.steps
-    return min(get_method(name).warmup, allowed)
+    return min(get_method(preset_of(name)[0]).warmup, allowed)
 
 
 def options_of(pipe: Any, name: str, density: float, args: argparse.Namespace) -> dict[str, Any]:
     """Options of a method at some work."""
-    if get_method(name).static:
+    preset, changes = preset_of(name)
+    if get_method(preset).static:
         return {"plan": calibrate(pipe, name, density, read_prompts(args), args)}
-    return {"run_density": density, "warmup": warmup_of(name, density, args), **json.loads(args.options)}
+    return {"run_density": density, "warmup": warmup_of(name, density, args), **changes, **json.loads(args.options)}
 
 
 def plan_path(args: argparse.Namespace, name: str, density: float) -> Path:
@@ -138,7 +131,7 @@ def one_run(
 ) -> tuple[Any, dict[str, Any]]:
     """Clips of a method, and what the engine counted."""
     options = options_of(pipe, name, density, args)
-    with dit_accel.enabled(pipe, name, **options) as handle:
+    with dit_accel.enabled(pipe, preset_of(name)[0], **options) as handle:
         clips = generate(pipe, prompts, seeds, **call_of(args))
         (status,) = handle.stats().values()
     record = {
@@ -160,7 +153,7 @@ def probed(
 ) -> dict[str, float]:
     """Attention-level error over a run of its own, so that it is in nobody's time."""
     options = options_of(pipe, name, density, args)
-    with probing() as probe, dit_accel.enabled(pipe, name, **options):
+    with probing() as probe, dit_accel.enabled(pipe, preset_of(name)[0], **options):
         generate(pipe, prompts, seeds, decode=False, **call_of(args))
     return probe.summary()
 
@@ -170,7 +163,7 @@ def work(args: argparse.Namespace) -> None:
     began = time.monotonic()
     prompts = read_prompts(args)[args.first : args.first + args.count]
     seeds = list(range(args.first, args.first + args.count))
-    pipe = load(args.model, torch.device(args.device))
+    pipe = open_model(args)
     queue = RowQueue(args.out, f"worker {args.worker}")
     done = finished(args.out, len(prompts))
     groups = [slice(i, i + args.batch) for i in range(0, len(prompts), args.batch)]
@@ -179,17 +172,20 @@ def work(args: argparse.Namespace) -> None:
             break
         if title(name, density) in done or not queue.take(title(name, density)):
             continue
-        if density is not None and name not in args.rehearsed and queue.take(f"rehearsal of {name}"):
+        reason = lacking(name, args)
+        if reason is None and density is not None and name not in args.rehearsed and queue.take(f"rehearsal of {name}"):
             rehearse(pipe, name, prompts[groups[0]], seeds[groups[0]], args)
         records: list[dict[str, Any]] = []
-        for group in groups:
+        if reason is not None:
+            records = [{"name": title(name, density), "method": name, "target": density, "error": reason, "prompt": ""}]
+        for group in groups if reason is None else []:
             dense = queue.shared(
                 f"dense_{args.first + group.start}_{args.batch}",
                 lambda one=group: generate(pipe, prompts[one], seeds[one], **call_of(args)).frames,
             )
             made = partial(row, pipe, name, density, prompts[group], seeds[group], dense, args)
             records += patiently(made)
-        if density is not None and "error" not in records[0]:
+        if density is not None and not args.no_probe and "error" not in records[0]:
             records[0] |= patiently(partial(probed, pipe, name, density, prompts[:PROBED], seeds[:PROBED], args))
         for record in records:
             append_record(args.out / f"samples_{args.worker}.jsonl", record)
@@ -248,9 +244,10 @@ def row(
 
 def rehearse(pipe: Any, name: str, prompts: list[str], seeds: list[int], args: argparse.Namespace) -> None:
     """Compile the kernels of a method at the shapes of its rows, so that compiling is in nobody's time."""
-    if get_method(name).static:
+    preset, changes = preset_of(name)
+    if get_method(preset).static:
         return
-    with dit_accel.enabled(pipe, name, density=0.5, warmup=0.25):
+    with dit_accel.enabled(pipe, preset, density=0.5, warmup=0.25, **changes):
         generate(pipe, prompts, seeds, decode=False, **{**call_of(args), "num_inference_steps": 4})
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from _scored import FLUX, HUNYUAN, SMALL, context, inputs
+from driving import make_run, one_step
 from torch import Tensor
 
 from dit_accel.adapter import StepInfo
@@ -141,6 +142,23 @@ def test_the_mean_queries_count_as_work() -> None:
 def test_bad_mean_queries(spec: str) -> None:
     with pytest.raises(ValueError, match="queries must be a power of two"):
         get_method("auto").replace(compensate=spec)
+
+
+@pytest.mark.parametrize("select", ["top_k", "top_k_head", "top_k_layer"])
+@pytest.mark.parametrize("geometry", [FLUX, HUNYUAN], ids=["picture", "video"])
+def test_run_density_counts_the_rows_of_the_text(select: str, geometry: TokenGeometry) -> None:
+    """Their rows are whole, which the other rows have to make up for."""
+    run = make_run("auto", 1, run_density=0.4, select=select, block_q=32, block_k=32, warmup=0.0)
+    tensors = [x.transpose(1, 2) for x in inputs(geometry, seed=3)]
+    for step in range(6):
+        one_step(run, step, 6, geometry=geometry, tensors=lambda *_: (tensors[0], tensors[1], tensors[2]))
+    assert run.status().density == pytest.approx(0.4, abs=0.02)
+
+
+def test_pictures_have_bricks_among_their_orders() -> None:
+    method = get_method("auto")
+    assert Planner(method).layout(FLUX, torch.device("cpu")).names == ("fhw", "fwh", "brick2d")
+    assert Planner(method).layout(HUNYUAN, torch.device("cpu")).names == ("fhw", "fwh", "hwf", "hfw", "whf", "wfh")
 
 
 def test_everything_kept_is_dense_attention() -> None:
