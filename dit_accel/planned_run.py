@@ -242,4 +242,5 @@ class PlannedRun:
         mean = self._roles.sparse_density(
             self.run_density, self._step.steps, self.policy, self.planner, geometry, branches
         )
-        return self.policy.share_of(mean, self._step)
+        share = self.policy.share_of(mean, self._step)
+        return share if share is None else self.planner.density_of_free_rows(share, geometry)

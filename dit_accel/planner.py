@@ -25,13 +25,14 @@ from dit_accel.pattern_plan import on_device, pattern_plan, with_forced
 from dit_accel.plan import Plan
 from dit_accel.pyramid import pyramid_gather
 from dit_accel.score import Scores, block_scores
-from dit_accel.selection import Forced, select
+from dit_accel.selection import SELECTIONS, Forced, select
 from dit_accel_kernels.lists import pack_bits
 from dit_accel_kernels.types import TokenOrder, TokenWindows
 
 __all__ = ["Planner"]
 
 _MAX_GEOMETRIES = 8
+_LEAST = 1e-4  # of the map; at least one block a row is kept in any case
 
 
 class _Layout:
@@ -44,6 +45,7 @@ class _Layout:
         self.method, self.geometry, self.device = method, geometry, device
         self._forced: dict[tuple[bool, bool], Forced] = {}
         self.forced = self.forced_blocks(self.moves_queries, self.moves_keys)
+        self.whole_rows = self._share_of_whole_rows()
         self.pattern_plans: dict[tuple[float | None, int, int], Plan] = {}
         self.pattern_levels: dict[tuple[float | None, int, int], tuple[Tensor, TokenWindows | None]] = {}
 
@@ -65,6 +67,13 @@ class _Layout:
             starts = torch.arange(0, tokens, block)
             sizes.append((tokens - starts).clamp(max=block).float() / tokens)
         return Forced.of(rows, cols, self.device, sizes=(sizes[0], sizes[1]))
+
+    def _share_of_whole_rows(self) -> float:
+        """Share of the query tokens whose blocks see every key."""
+        rows = extra_blocks(self.geometry, not self.moves_queries, self.method.block_q)
+        starts = torch.arange(0, self.geometry.tokens, self.method.block_q)
+        held = (self.geometry.tokens - starts).clamp(max=self.method.block_q)
+        return float(held[rows].sum()) / self.geometry.tokens
 
     def order(self, choice: Tensor) -> TokenOrder | None:
         """Orders of all heads, from the index of a candidate per head, integers ``[H]``."""
@@ -111,6 +120,16 @@ class Planner:
     def costs(self, geometry: TokenGeometry) -> tuple[float, float]:
         """Work of a run's first plan and of each later one, in dense attentions; see :meth:`Method.plan_costs`."""
         return self.method.plan_costs(geometry, len(self.layout(geometry, torch.device("cpu")).names))
+
+    def density_of_free_rows(self, density: float, geometry: TokenGeometry) -> float:
+        """What to ask the selection for, so that with the rows that are always whole (text) the map has ``density``.
+
+        Rules that search their strength count those rows themselves.
+        """
+        if not SELECTIONS.trait(self.method.select, "rows_on_top", False):
+            return density
+        share = self.layout(geometry, torch.device("cpu")).whole_rows
+        return max((density - share) / max(1 - share, _LEAST), _LEAST)
 
     def context(
         self,

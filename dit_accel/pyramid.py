@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.score import Gather
-from dit_accel_kernels import gathered_from_mask, pyramid
-from dit_accel_kernels.pyramid import pyramid_groups
+from dit_accel_kernels import pyramid
+from dit_accel_kernels.pyramid import pyramid_rows
 from dit_accel_kernels.types import GatheredKeys
 
 __all__ = ["LEVELS", "pyramid_gather"]
@@ -26,13 +26,13 @@ def pyramid_gather(levels: Tensor, block_k: int) -> Gather:
     Returns:
         What pools the keys and values of each sparse call and gathers the chosen groups.
     """
-    rows = gathered_from_mask(pyramid_groups(levels, levels=LEVELS))
     share = torch.zeros(levels.shape[:2], device=levels.device)
     for level in LEVELS:
         share = share + (levels == level).float().mean((2, 3)) / level
 
     def keys(key: Tensor, value: Tensor, key_valid: Tensor | None) -> GatheredKeys:
         made = pyramid(key, value, levels=LEVELS, block=block_k, key_valid=key_valid)
-        return GatheredKeys(made.k, made.v, made.bias, *rows, made.group)
+        # From the map each time: rows take 16 times its memory, which every layer's plan would keep.
+        return GatheredKeys(made.k, made.v, made.bias, *pyramid_rows(levels, levels=LEVELS), made.group)
 
     return Gather(keys, share)

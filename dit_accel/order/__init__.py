@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel._specs import Spec, parse_spec
 from dit_accel.geometry import TokenGeometry
-from dit_accel.order import brick, gilbert, morton, raster  # noqa: F401 -- they register themselves
+from dit_accel.order import brick, brick2d, gilbert, morton, raster  # noqa: F401 -- they register themselves
 from dit_accel.order.axes import AXIS_ORDERS
 from dit_accel.order.registry import ORDERS
 from dit_accel_kernels.types import TokenOrder

@@ -22,7 +22,7 @@ def _rule(levels: Callable[[float], Tensor], share: float | None, bound: Callabl
     return Rule(levels, strength=share, is_density=True, bound=bound)
 
 
-@SELECTIONS.register("top_k", by_head=True)
+@SELECTIONS.register("top_k", by_head=True, rows_on_top=True)
 def top_k(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each row, as many in every row."""
     blocks, rows = scores.shape[-1], scores[..., 0].numel()
@@ -55,7 +55,7 @@ def adaptive_counts(scores: Tensor, density: float) -> Tensor:
     return torch.where(rank >= heads - easy, more, counts)
 
 
-@SELECTIONS.register("top_k_adaptive", paper="arXiv 2502.21079")
+@SELECTIONS.register("top_k_adaptive", paper="arXiv 2502.21079", rows_on_top=True)
 def top_k_adaptive(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each row, more of them in heads whose mass is spread (AdaSpa's head adaptivity)."""
     blocks, rows = scores.shape[-1], scores[..., 0].numel()
@@ -71,7 +71,7 @@ def _best_of(scores: Tensor, start: int, density: float) -> Tensor:
     return with_best(keep_ranked(flat, budget(density, flat.shape[-1])).view_as(scores), scores).to(torch.uint8)
 
 
-@SELECTIONS.register("top_k_head", paper="arXiv 2506.23858")
+@SELECTIONS.register("top_k_head", paper="arXiv 2506.23858", rows_on_top=True)
 def top_k_head(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each head, so that easy rows give to hard ones; at least one in each row."""
     size, rows = scores[0, 0].numel(), scores[..., 0].numel()
@@ -81,7 +81,7 @@ def top_k_head(scores: Tensor, forced: Forced, share: float | None = None) -> Ru
     )
 
 
-@SELECTIONS.register("top_k_layer")
+@SELECTIONS.register("top_k_layer", rows_on_top=True)
 def top_k_layer(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks over all heads of a layer, for scores that heads can be compared by; at least one in each row."""
     size, rows, batch = scores[0].numel(), scores[..., 0].numel(), scores.shape[0]
