@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dit_accel_kernels import GatheredKeys, Pyramid, block_sparse_attention, gathered_from_mask, pyramid, pyramid_groups
 from dit_accel_kernels.lists import lists_from_levels
+from dit_accel_kernels.pyramid import pyramid_rows
 from tests.kernels.interpreter import repair
 
 repair()
@@ -114,6 +115,32 @@ def test_attention_over_levels_is_attention_over_what_they_stand_for(runner: tup
     logits = q.double() @ k.double().mT / 4
     torch.testing.assert_close(got.double(), logits.softmax(-1) @ v.double(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("runner", BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "levels"),
+    [((1, 2, 3, 7), (2, 4, 8)), ((2, 1, 2, 1100), (2, 4, 8)), ((1, 1, 4, 33), (16, 2)), ((2, 2, 1, 5), (4,))],
+)
+def test_rows_hold_the_groups_of_the_map(
+    runner: tuple[str, str], shape: tuple[int, ...], levels: tuple[int, ...]
+) -> None:
+    backend, device = runner
+    draw = torch.randint(0, 3 + len(levels), shape, generator=torch.Generator().manual_seed(0))
+    level_map = torch.tensor([0, 1, 3, *levels], dtype=torch.uint8)[draw]
+    level_map[..., 0, :] = 0
+    start, count, indices = (x.cpu() for x in pyramid_rows(level_map.to(device), levels=levels, backend=backend))
+    assert {start.dtype, count.dtype, indices.dtype} == {torch.int32}
+    assert start.shape == count.shape == shape[:3]
+    want = pyramid_groups(level_map, levels=levels).flatten(0, 2)
+    for row, first, n in zip(want, start.flatten().tolist(), count.flatten().tolist(), strict=True):
+        assert indices[first : first + n].tolist() == row.nonzero().flatten().tolist()
+
+
+def test_rows_compile_in_one_graph() -> None:
+    level_map = torch.randint(0, 5, (1, 2, 3, 9)).to(torch.uint8)
+    step = torch.compile(lambda x: pyramid_rows(x)[1] * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(step(level_map), pyramid_rows(level_map)[1] * 2)
 
 
 def test_compiles_in_one_graph() -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._common import blocks, check_bhsd, resolve_backend
+from ..lists import gathered_from_mask
 from .reference import pyramid_reference
 
-__all__ = ["Pyramid", "check_levels", "pyramid", "pyramid_groups"]
+__all__ = ["Pyramid", "check_levels", "pyramid", "pyramid_groups", "pyramid_rows"]
 
 
 class Pyramid(NamedTuple):
@@ -119,13 +120,62 @@ def pyramid_groups(level_map: Tensor, *, levels: tuple[int, ...] = (2, 4, 8)) ->
     Raises:
         ValueError: ``level_map`` is not a uint8 map, or a level does not fit uint8.
     """
+    _check_map(level_map, levels)
+    top = max(levels)
+    return torch.cat([(level_map == level).repeat_interleave(top // level, -1) for level in levels], -1)
+
+
+def _check_map(level_map: Tensor, levels: tuple[int, ...]) -> None:
     if level_map.ndim != 4 or level_map.dtype != torch.uint8:
         got = f"{level_map.dtype} of shape {tuple(level_map.shape)}"
         raise ValueError(f"level_map must be uint8 [B|1, H|1, Qb, Kb], got {got}")
     if not levels or max(levels) > 255:
         raise ValueError(f"levels must be from 2 to 128 to fit uint8, got {levels}")
-    top = max(levels)
-    return torch.cat([(level_map == level).repeat_interleave(top // level, -1) for level in levels], -1)
+
+
+def pyramid_rows(
+    level_map: Tensor, *, levels: tuple[int, ...] = (2, 4, 8), backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The groups of a :func:`pyramid` that each query block sees, as rows of :class:`dit_accel_kernels.GatheredKeys`.
+
+    The same as ``gathered_from_mask(pyramid_groups(level_map))``, in one pass over the map and without a mask of groups,
+    so that a map can be kept in place of its rows, which take 16 times its memory (28 times from a mask).
+
+    Args:
+        level_map: as for :func:`pyramid_groups`.
+        levels: as for :func:`pyramid`.
+        backend: ``"triton"``, ``"cpu"``, ``"reference"`` or ``None`` for the fastest.
+
+    Returns:
+        ``row_start``, ``count`` (both int32 ``[B|1, H|1, Qb]``) and ``indices`` (int32 ``[capacity]``), where what no row
+        counts is left as it comes.
+
+    Raises:
+        ValueError: see :func:`pyramid_groups`; or the rows together have 2**31 entries or more, or ``backend`` cannot run.
+    """
+    number = level_map[0, 0, 0, :1].float()  # of a dtype that the kernels of this package take
+    if resolve_backend(backend, number) != "triton":
+        return gathered_from_mask(pyramid_groups(level_map, levels=levels))
+    _check_map(level_map, levels)
+    most = level_map.numel() * (max(levels) // min(levels))
+    if most >= 2**31:
+        raise ValueError(f"rows of level_map must have fewer than 2**31 groups, got up to {most}")
+    row_start, count, indices = _pyramid_rows_op(level_map, list(levels))
+    return row_start, count, indices
+
+
+@torch.library.custom_op("dit_accel_kernels::pyramid_rows", mutates_args=())
+def _pyramid_rows_op(level_map: Tensor, levels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton import pyramid_rows_triton
+
+    return pyramid_rows_triton(level_map, levels)
+
+
+@_pyramid_rows_op.register_fake
+def _(level_map: Tensor, levels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    rows = level_map.new_empty(level_map.shape[:3], dtype=torch.int32)
+    entries = level_map.numel() * (max(levels) // min(levels))
+    return rows, torch.empty_like(rows), rows.new_empty(entries)
 
 
 @torch.library.custom_op("dit_accel_kernels::pyramid", mutates_args=())

@@ -11,9 +11,10 @@ from .._common import blocks
 from ..aot_spec import AotSpec
 from ..stats.triton import valid_counts
 
-__all__ = ["AOT_SPECS", "pyramid_triton"]
+__all__ = ["AOT_SPECS", "pyramid_rows_triton", "pyramid_triton"]
 
 _TOKENS = 32
+_BLOCKS_OF_A_ROW = 1024
 
 
 @triton.jit
@@ -84,7 +85,61 @@ def _counts(tokens: int, padded: int, level: int, key_valid: Tensor | None, devi
     return torch.nn.functional.pad(count, (0, padded // level - count.shape[1]))
 
 
+@triton.jit
+def _store_groups(p_map, p_out, count, first, kb, LEVEL: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """Append the EACH groups of every block of a level behind the ``count`` that there are; ``first`` is the level's."""
+    for start in range(0, kb, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        chosen = tl.load(p_map + block, mask=block < kb, other=0) == LEVEL
+        n = chosen.to(tl.int32)
+        at = count + (tl.cumsum(n, 0) - n) * EACH
+        for j in tl.static_range(EACH):
+            tl.store(p_out + at + j, first + block * EACH + j, mask=chosen)
+        count += tl.sum(n, 0) * EACH
+    return count
+
+
+@triton.jit(do_not_specialize=["kb", "capacity"])
+def pyramid_rows_kernel(
+    LEVEL_MAP, COUNT, INDICES, kb, capacity, LEVELS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program: the groups of one row of a map, level by level, and their number."""
+    i_row = tl.program_id(0).to(tl.int64)
+    p_map, p_out = LEVEL_MAP + i_row * kb, INDICES + i_row * capacity
+    count, first = kb * 0, kb * 0
+    for i in tl.static_range(len(LEVELS)):
+        count = _store_groups(p_map, p_out, count, first, kb, LEVELS[i], TOP // LEVELS[i], BLOCK)
+        first += kb * (TOP // LEVELS[i])
+    tl.store(COUNT + i_row, count)
+
+
+def pyramid_rows_triton(level_map: Tensor, levels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of groups; see :func:`dit_accel_kernels.pyramid.pyramid_rows`."""
+    kb, top = level_map.shape[3], max(levels)
+    capacity = kb * (top // min(levels))
+    count = torch.empty(level_map.shape[:3], dtype=torch.int32, device=level_map.device)
+    indices = torch.empty(count.numel() * capacity, dtype=torch.int32, device=level_map.device)
+    with torch.cuda.device_of(level_map):
+        pyramid_rows_kernel[(count.numel(),)](
+            level_map.contiguous(), count, indices, kb, capacity,
+            LEVELS=tuple(levels), TOP=top, BLOCK=_BLOCKS_OF_A_ROW, num_warps=4,
+        )  # fmt: skip
+    start = torch.arange(count.numel(), dtype=torch.int32, device=level_map.device).mul_(capacity)
+    return start.view(count.shape), count, indices
+
+
 AOT_SPECS = [
+    AotSpec(
+        name="pyramid/rows",
+        fn=pyramid_rows_kernel,
+        signature={"LEVEL_MAP": "*u8", "COUNT": "*i32", "INDICES": "*i32", "kb": "i32", "capacity": "i32"}
+        | dict.fromkeys(("LEVELS", "TOP", "BLOCK"), "constexpr"),
+        constexprs={"LEVELS": (2, 4, 8), "TOP": 8, "BLOCK": _BLOCKS_OF_A_ROW},
+        options={"num_warps": 4},
+        divisible_by_16=("LEVEL_MAP", "COUNT", "INDICES"),
+    ),
+]
+AOT_SPECS += [
     AotSpec(
         name=f"pyramid/d{dim}/{dtype}{'/valid' if valid else ''}",
         fn=pyramid_kernel,
