@@ -178,7 +178,7 @@ def test_windows_need_a_grid() -> None:
 
 def test_images_drop_equal_axis_orders() -> None:
     layout = Planner(get_method("auto")).layout(TokenGeometry((1, 16, 16)), CPU)
-    assert layout.names == ("fhw", "fwh")
+    assert layout.names == ("fhw", "fwh", "brick2d")
 
 
 def test_planner_keeps_few_geometries() -> None:
