@@ -101,7 +101,7 @@ def stubbed(name: str) -> Iterator[tuple[Callable[[], object], Callable[[], Any]
         stack.enter_context(mock.patch.object(JITFunction, "__getitem__", _no_launcher))
         for patch in (
             mock.patch("dit_accel.eligibility.choose_backend", _hopper),
-            mock.patch("dit_accel_kernels.block_sparse.hopper_launch.multiprocessors", _multiprocessors),
+            mock.patch("dit_accel_kernels.block_sparse.hopper_call.multiprocessors", _multiprocessors),
             mock.patch("torch.cuda.device", _Nowhere),
         ):
             stack.enter_context(patch)

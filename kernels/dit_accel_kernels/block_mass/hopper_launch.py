@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._common import blocks
 from .._launch import capability
-from ..block_sparse.hopper_launch import has_gluon, make_descriptor, multiprocessors
+from ..block_sparse.hopper_call import make_descriptor, multiprocessors
+from ..block_sparse.hopper_launch import has_gluon
 from ..block_sparse.hopper_specs import padded
 from .hopper_specs import CONSUMER_REGS, GROUP, OTHER_REGS, ring_stages
 from .reference import query_rows

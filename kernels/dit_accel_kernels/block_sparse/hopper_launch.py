@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -12,15 +11,14 @@ from torch import Tensor
 
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
-from .hopper_specs import HopperConfig, hopper_config, padded
+from .hopper_call import QUERIES, hopper_call
+from .hopper_specs import HopperConfig, hopper_config
 from .near import packed_windows
 
 __all__ = [
     "ALLOW_WINDOWS",
     "block_sparse_hopper",
     "has_gluon",
-    "make_descriptor",
-    "multiprocessors",
     "reroute_reason",
     "run_hopper",
     "why_not_hopper",
@@ -28,9 +26,6 @@ __all__ = [
 
 # Whether token windows are computed here: not before `scripts/stress_kernels.py` has passed with them on a GPU.
 ALLOW_WINDOWS = False
-_QUERIES = 128  # rows of a job, both consumers together
-_TILE = 128  # keys of a step
-_LOG2E = 1.0 / math.log(2.0)
 
 
 def why_not_hopper(
@@ -56,8 +51,8 @@ def why_not_hopper(
         return f"dtype must be bfloat16 or float16, got {dtype}"
     if head_dim % 8 or not 8 <= head_dim <= 128:
         return f"head_dim must be a multiple of 8 of at most 128, got {head_dim}"
-    if block_q != _QUERIES:
-        return f"block_q must be {_QUERIES}, got {block_q}"
+    if block_q != QUERIES:
+        return f"block_q must be {QUERIES}, got {block_q}"
     if block_k not in (64, 128):
         return f"block_k must be 64 or 128, got {block_k}"
     return None
@@ -164,86 +159,39 @@ def block_sparse_hopper(
     from .hopper import block_sparse_hopper_kernel
     from .hopper_schedule import BLOCK, OTHERS, longest_first_kernel
 
-    batch, heads, sq, dim = q.shape
-    sk, block_k = k.shape[2], lists.block_k
-    qb, kb = -(-sq // _QUERIES), -(-sk // block_k)
-    config = hopper_config(dim) if config is None else config
-    d = padded(dim)
-    out = torch.empty_like(q)
-    lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    jobs = batch * heads * qb
-    programs = min(jobs, multiprocessors(q.device), config.max_programs or jobs)
-    gather = order is not None
-    part = (_TILE, d) if block_k == _TILE else (64, 64)
-    in_order = 0 if config.sorted_rounds else jobs
-    span = max(1, round(config.sorted_rounds * programs / qb)) * qb
-    # The counter of jobs, the order in which they are done, and the chain of those that are repeated; all aligned alike
-    # whatever their number, lest another kernel be compiled.
-    space = [4, -(-(jobs - in_order) // 4) * 4, jobs]
-    counter, order_of_last, again = torch.empty(sum(space), dtype=torch.int32, device=q.device).split(space)
-    args: dict[str, Any] = {
-        "desc_q": None if gather else make_descriptor(q, 64, d),
-        "desc_k": make_descriptor(k, *part),
-        "desc_v": make_descriptor(v, *part),
-        "desc_o": None if gather else make_descriptor(out, 64, d),
-        "desc_pk": None if pooled is None else make_descriptor(pooled.k, _TILE, d),
-        "desc_pv": None if pooled is None else make_descriptor(pooled.v, _TILE, d),
-        "q": q if gather else None,
-        "out": out if gather else None,
-        "lse": lse if return_lse else None,
-        "order": order_of_last,
-        "again": again,
-        "counter": counter,
-        "table": None if order is None else order.table.contiguous(),
-        "head_row": None if order is None else order.head.contiguous(),
-        "valid": None if key_valid is None else key_valid.contiguous(),
-        "scale2": scale * _LOG2E,
-        "inv_scale": 1.0 / scale,
-        "sk": sk,
-        "words": -(-kb // 32),
-        "qb": qb,
-        "kb": kb,
-        "heads": heads,
-        "jobs": jobs,
-        "in_order": in_order,
-        "programs": programs,
-        "table_s": sq,
-    }
-    # In units of 16 bytes; that of a dimension of size 1 need not be a multiple and is never stepped over.
-    args |= {f"q_{name}": step // 8 for name, step in zip("bhs", q.stride())}
-    args |= {f"out_{name}": step // 8 for name, step in zip("bhs", out.stride())}
-    args |= list_args(lists) | pooled_args(pooled) | _window_args(windows, pooled, lists)
+    config = hopper_config(q.shape[3]) if config is None else config
+    call = hopper_call(
+        q,
+        k,
+        v,
+        block_k=lists.block_k,
+        scale=scale,
+        order=order,
+        pooled=pooled,
+        key_valid=key_valid,
+        return_lse=return_lse,
+        config=config,
+    )
+    args = call.args | list_args(lists) | pooled_args(pooled) | _window_args(windows, pooled, lists)
+    has_partial = lists.partial is not None
     with torch.cuda.device(q.device):
-        longest_first_kernel[(max(1, -(-(jobs - in_order) // BLOCK)),)](
+        longest_first_kernel[(max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),)](
             *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
             args["list_b"],
             args["list_h"],
-            HAS_PARTIAL=lists.partial is not None,
+            HAS_PARTIAL=has_partial,
             BLOCK=BLOCK,
             OTHERS=OTHERS,
-            span=span,
+            span=call.span,
         )
-        block_sparse_hopper_kernel[(programs,)](
+        block_sparse_hopper_kernel[(call.programs,)](
             **args,
-            D=d,
-            DIM=dim,
-            BLOCK_K=block_k,
-            STAGES=config.stages,
-            EVEN_K=sk % block_k == 0,
-            HAS_PARTIAL=lists.partial is not None,
-            HAS_POOLED=pooled is not None,
-            HAS_VALID=key_valid is not None,
-            GATHER=gather,
-            HAS_LSE=return_lse,
+            **call.constants,
+            HAS_PARTIAL=has_partial,
             HAS_WINDOWS=windows is not None,
-            FAST=config.fast and q.dtype == torch.bfloat16,
             FETCH=config.fetch,
-            LATE_BIAS=config.late_bias,
-            CONSUMER_REGS=config.consumer_regs,
-            PRODUCER_REGS=config.producer_regs,
-            num_warps=4,
         )
-    return out, lse
+    return call.out, call.lse
 
 
 def _window_args(windows: TokenWindows | None, pooled: Pooled | None, lists: BlockLists) -> dict[str, Tensor | None]:
@@ -255,33 +203,9 @@ def _window_args(windows: TokenWindows | None, pooled: Pooled | None, lists: Blo
     return dict(vars(packed))
 
 
-def make_descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    """A TMA descriptor of boxes of ``rows`` tokens; what is beyond the tensor reads as 0 and is never written."""
-    descriptor, layout = _tma()
-    # The stride of a dimension of size 1 is never used but must look valid.
-    shape, steps = x.shape, x.stride()
-    strides = [step if size > 1 else shape[3] for size, step in zip(shape[:3], steps)]
-    return descriptor(x, list(shape), [*strides, 1], [1, 1, rows, columns], layout)
-
-
-@lru_cache(maxsize=1)
-def _tma() -> tuple[Any, Any]:
-    """The class of descriptors and the shared-memory layout of all tiles; short calls would notice making it each time."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor, NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-
-
 @lru_cache(maxsize=16)
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=1)

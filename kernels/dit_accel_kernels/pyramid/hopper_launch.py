@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_sparse.arguments import gathered_args, list_args, pooled_args
-from ..block_sparse.hopper_launch import make_descriptor, multiprocessors, reroute_reason
-from ..block_sparse.hopper_specs import HopperConfig, hopper_config, padded
+from ..block_sparse.hopper_call import hopper_call, in_units
+from ..block_sparse.hopper_launch import reroute_reason
+from ..block_sparse.hopper_specs import HopperConfig, hopper_config
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 
 __all__ = ["gathered_hopper", "run_gathered", "why_not_gathered"]
 
-_QUERIES = 128  # rows of a job, both consumers together
-_TILE = 128  # keys of a step
-_LOG2E = 1.0 / math.log(2.0)
 _GROUPS = (1, 8, 16)  # what has run on a GPU, and all that the methods use with blocks of 64 and 128
 
 
@@ -115,81 +112,35 @@ def gathered_hopper(
     """
     from .hopper import gathered_hopper_kernel
 
-    batch, heads, sq, dim = q.shape
-    sk, block_k = k.shape[2], lists.block_k
-    qb, kb = -(-sq // _QUERIES), -(-sk // block_k)
-    config = hopper_config(dim) if config is None else config
+    config = hopper_config(q.shape[3]) if config is None else config
     if config.stages < 2:
         raise ValueError(f"config.stages must be at least 2 with gathered keys, got {config.stages}")
-    d = padded(dim)
-    out = torch.empty_like(q)
-    lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    jobs = batch * heads * qb
-    programs = min(jobs, multiprocessors(q.device), config.max_programs or jobs)
-    in_order = 0 if config.sorted_rounds else jobs
-    # Aligned alike whatever their number, lest another kernel be compiled.
-    space = [4, -(-(jobs - in_order) // 4) * 4, jobs]
-    counter, order_of_last, again = torch.empty(sum(space), dtype=torch.int32, device=q.device).split(space)
-    gather = order is not None
-    part = (_TILE, d) if block_k == _TILE else (64, 64)
-    args: dict[str, Any] = {
-        "desc_q": None if gather else make_descriptor(q, 64, d),
-        "desc_k": make_descriptor(k, *part),
-        "desc_v": make_descriptor(v, *part),
-        "desc_o": None if gather else make_descriptor(out, 64, d),
-        "desc_pk": None if pooled is None else make_descriptor(pooled.k, _TILE, d),
-        "desc_pv": None if pooled is None else make_descriptor(pooled.v, _TILE, d),
-        "q": q if gather else None,
-        "out": out if gather else None,
-        "lse": lse if return_lse else None,
-        "order": order_of_last,
-        "again": again,
-        "counter": counter,
-        "table": None if order is None else order.table.contiguous(),
-        "head_row": None if order is None else order.head.contiguous(),
-        "valid": None if key_valid is None else key_valid.contiguous(),
-        "scale2": scale * _LOG2E,
-        "inv_scale": 1.0 / scale,
-        "sk": sk,
-        "words": -(-kb // 32),
-        "qb": qb,
-        "kb": kb,
-        "heads": heads,
-        "jobs": jobs,
-        "in_order": in_order,
-        "programs": programs,
-        "table_s": sq,
-    }
-    args |= list_args(lists) | pooled_args(pooled) | gathered_args(gathered)
+    call = hopper_call(
+        q,
+        k,
+        v,
+        block_k=lists.block_k,
+        scale=scale,
+        order=order,
+        pooled=pooled,
+        key_valid=key_valid,
+        return_lse=return_lse,
+        config=config,
+    )
+    args = call.args | list_args(lists) | pooled_args(pooled) | gathered_args(gathered)
     args["more_biased"] = (gathered.bias != 0).any()
-    # In units of 16 bytes; that of a dimension of size 1 need not be a multiple and is never stepped over.
-    for name, x in (("q", q), ("out", out), ("more_k", gathered.k), ("more_v", gathered.v)):
-        args |= {f"{name}_{axis}": step // 8 for axis, step in zip("bhs", x.stride())}
+    args |= in_units("more_k", gathered.k) | in_units("more_v", gathered.v)
     args["more_s"] = args.pop("more_k_s")
     del args["more_v_s"]  # the same
     with torch.cuda.device(q.device):
-        span = max(1, round(config.sorted_rounds * programs / qb)) * qb
-        _sort(_lengths(lists, gathered), order_of_last, counter, in_order, jobs, qb, heads, span)
-        gathered_hopper_kernel[(programs,)](
+        _sort(_lengths(lists, gathered), args, call.span)
+        gathered_hopper_kernel[(call.programs,)](
             **args,
-            D=d,
-            DIM=dim,
-            BLOCK_K=block_k,
-            STAGES=config.stages,
-            EVEN_K=sk % block_k == 0,
+            **call.constants,
             HAS_PARTIAL=lists.partial is not None,
-            HAS_POOLED=pooled is not None,
-            HAS_VALID=key_valid is not None,
-            GATHER=gather,
-            HAS_LSE=return_lse,
-            FAST=config.fast and q.dtype == torch.bfloat16,
             GROUP=gathered.group,
-            LATE_BIAS=config.late_bias,
-            CONSUMER_REGS=config.consumer_regs,
-            PRODUCER_REGS=config.producer_regs,
-            num_warps=4,
         )
-    return out, lse
+    return call.out, call.lse
 
 
 def _lengths(lists: BlockLists, gathered: GatheredKeys) -> Tensor:
@@ -199,14 +150,18 @@ def _lengths(lists: BlockLists, gathered: GatheredKeys) -> Tensor:
     return (found if lists.partial is None else found + lists.partial).contiguous()
 
 
-def _sort(
-    length: Tensor, order: Tensor, counter: Tensor, in_order: int, jobs: int, qb: int, heads: int, span: int
-) -> None:
-    """Zero the counter of jobs, and find those behind ``in_order`` by length; see :mod:`..block_sparse.hopper_schedule`."""
+def _sort(length: Tensor, args: dict[str, Any], span: int) -> None:
+    """Zero the counter of jobs, and order them by length; see :mod:`..block_sparse.hopper_schedule`."""
     from ..block_sparse.hopper_schedule import BLOCK, OTHERS, longest_first_kernel
 
     steps = [step if size > 1 else 0 for size, step in zip(length.shape[:2], length.stride())]
-    longest_first_kernel[(max(1, -(-(jobs - in_order) // BLOCK)),)](
-        length, None, order, counter, in_order, jobs, qb, heads, *steps,
-        HAS_PARTIAL=False, BLOCK=BLOCK, OTHERS=OTHERS, span=span,
-    )  # fmt: skip
+    longest_first_kernel[(max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),)](
+        length,
+        None,
+        *(args[name] for name in ("order", "counter", "in_order", "jobs", "qb", "heads")),
+        *steps,
+        HAS_PARTIAL=False,
+        BLOCK=BLOCK,
+        OTHERS=OTHERS,
+        span=span,
+    )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.arguments import list_args
-from ..block_sparse.hopper_launch import multiprocessors, why_not_hopper
+from ..block_sparse.hopper_call import multiprocessors
+from ..block_sparse.hopper_launch import why_not_hopper
 from ..quantize import Precision, QuantizedQKV
 from ..types import BlockLists, Pooled, TokenOrder
 from .hopper8_specs import Hopper8Config, hopper8_config

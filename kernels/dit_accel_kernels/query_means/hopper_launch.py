@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._common import blocks
 from .._launch import capability
-from ..block_sparse.hopper_launch import has_gluon, make_descriptor, multiprocessors
+from ..block_sparse.hopper_call import make_descriptor, multiprocessors
+from ..block_sparse.hopper_launch import has_gluon
 from ..block_sparse.hopper_specs import padded
 from ..lists import pack_bits, unpack_bits
 from ..types import Pooled
