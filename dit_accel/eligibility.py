@@ -34,6 +34,7 @@ class Eligibility:
     def __init__(self, method: Method, backend: str | None, min_tokens: int, static: StaticPlan | None) -> None:
         self.method, self.asked, self.min_tokens, self.static = method, backend, min_tokens, static
         self._backends: dict[tuple[Any, ...], tuple[str, str | None]] = {}
+        self._fitted: dict[tuple[Any, ...], Method] = {}
         self._precisions: dict[tuple[Any, ...], tuple[str, Precision | None, str]] = {}
 
     def why_dense(
@@ -107,9 +108,12 @@ class Eligibility:
         """The method with the block sizes of the kernel that will serve such queries, see :attr:`Method.hopper_blocks`."""
         if asked.hopper_blocks is None or query.device.type != "cuda" or self.asked not in (None, "hopper"):
             return asked
-        method = asked.replace(block_q=asked.hopper_blocks[0], block_k=asked.hopper_blocks[1])
-        name, _ = choose_backend(**self._need(query, method))
-        return method if name == "hopper" else asked
+        key = (query.device, query.dtype, query.shape[-1])
+        if key not in self._fitted:
+            method = asked.replace(block_q=asked.hopper_blocks[0], block_k=asked.hopper_blocks[1])
+            name, _ = choose_backend(**self._need(query, method))
+            self._fitted[key] = method if name == "hopper" else asked
+        return self._fitted[key]
 
     def _need(self, query: Tensor, method: Method | None = None) -> dict[str, Any]:
         """What a backend is chosen by."""

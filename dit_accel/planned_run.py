@@ -242,5 +242,4 @@ class PlannedRun:
         mean = self._roles.sparse_density(
             self.run_density, self._step.steps, self.policy, self.planner, geometry, branches
         )
-        share = self.policy.share_of(mean, self._step)
-        return share if share is None else self.planner.density_of_free_rows(share, geometry)
+        return self.planner.density_of_free_rows(self.policy.share_of(mean, self._step), geometry)

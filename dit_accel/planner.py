@@ -45,7 +45,6 @@ class _Layout:
         self.method, self.geometry, self.device = method, geometry, device
         self._forced: dict[tuple[bool, bool], Forced] = {}
         self.forced = self.forced_blocks(self.moves_queries, self.moves_keys)
-        self.whole_rows = self._share_of_whole_rows()
         self.pattern_plans: dict[tuple[float | None, int, int], Plan] = {}
         self.pattern_levels: dict[tuple[float | None, int, int], tuple[Tensor, TokenWindows | None]] = {}
 
@@ -67,13 +66,6 @@ class _Layout:
             starts = torch.arange(0, tokens, block)
             sizes.append((tokens - starts).clamp(max=block).float() / tokens)
         return Forced.of(rows, cols, self.device, sizes=(sizes[0], sizes[1]))
-
-    def _share_of_whole_rows(self) -> float:
-        """Share of the query tokens whose blocks see every key."""
-        rows = extra_blocks(self.geometry, not self.moves_queries, self.method.block_q)
-        starts = torch.arange(0, self.geometry.tokens, self.method.block_q)
-        held = (self.geometry.tokens - starts).clamp(max=self.method.block_q)
-        return float(held[rows].sum()) / self.geometry.tokens
 
     def order(self, choice: Tensor) -> TokenOrder | None:
         """Orders of all heads, from the index of a candidate per head, integers ``[H]``."""
@@ -128,7 +120,9 @@ class Planner:
         """
         if not SELECTIONS.trait(self.method.select, "rows_on_top", False):
             return density
-        share = self.layout(geometry, torch.device("cpu")).whole_rows
+        forced = self.layout(geometry, torch.device("cpu")).forced
+        assert forced.row_size is not None
+        share = float(forced.row_size[forced.rows].sum())
         return max((density - share) / max(1 - share, _LEAST), _LEAST)
 
     def context(

@@ -1,18 +1,15 @@
 """The Hopper kernel against the masked reference, on a GPU of compute capability 9.0.
 
 A wrong barrier does not fail, it hangs. So each group of cases runs in a process of its own under a hard time limit,
-the simplest first. ``PYTHONPATH=kernels python tests/kernels/test_hopper.py`` runs all groups up to the first failure.
+the simplest first. ``PYTHONPATH=.:kernels python tests/kernels/test_hopper.py`` runs all groups up to the first failure.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +24,8 @@ from dit_accel_kernels.block_sparse.hopper_specs import hopper_config
 from dit_accel_kernels.block_sparse.reference import block_sparse_reference
 from dit_accel_kernels.lists import lists_from_levels, pack_bits
 from dit_accel_kernels.types import Pooled, TokenOrder, TokenWindows
+from tests.kernels.groups import run_in_a_process
 
-ROOT = Path(__file__).parents[2]
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # Relative to the norm of the reference, in float32 on the same inputs: weights and output are rounded once each.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -245,16 +242,7 @@ LIMIT_S |= {name: 240.0 for name in GROUPS if name.startswith("random")}
 
 def run_group(name: str, scale: float = 1.0) -> tuple[bool, str]:
     """Run a group in a fresh process; whether it passed, and the end of what it said."""
-    limit = LIMIT_S.get(name, 45.0) * scale
-    command = [sys.executable, str(Path(__file__).resolve()), "--group", name]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=env, check=False)
-    except subprocess.TimeoutExpired as late:
-        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        return False, f"still running after {limit:.0f} s (hang?); last lines:\n{said[-1500:]}"
-    return done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return run_in_a_process(__file__, "--group", name, limit=LIMIT_S.get(name, 45.0) * scale)
 
 
 @pytest.mark.gpu

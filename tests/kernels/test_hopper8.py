@@ -1,19 +1,17 @@
 """The 8-bit Hopper kernel against attention in float32 on the same codes, on a GPU of compute capability 9.0.
 
 A wrong barrier does not fail, it hangs. So each group of cases runs in a process of its own under a hard time limit.
-``PYTHONPATH=kernels python tests/kernels/test_hopper8.py`` runs all groups, eight at once.
+``PYTHONPATH=.:kernels python tests/kernels/test_hopper8.py`` runs all groups, eight at once.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +24,8 @@ from dit_accel_kernels.quantized.hopper8_launch import quantized_hopper, reroute
 from dit_accel_kernels.quantized.hopper8_specs import hopper8_config
 from dit_accel_kernels.quantized.reference import quantized_reference
 from dit_accel_kernels.types import BlockLists, Pooled, TokenOrder
+from tests.kernels.groups import run_in_a_process
 
-ROOT = Path(__file__).parents[2]
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # Relative to the norm of the reference. Products are exact; bfloat16 weights are off by up to 2^-9, e4m3 ones by up to 2^-4
 # (2.6 % in the mean square of a uniform mantissa), which is what is left of it in the output of random values.
@@ -257,15 +255,7 @@ LIMIT_S = 100.0
 
 def run_group(name: str) -> tuple[bool, str]:
     """Run a group in a fresh process; whether it passed, and the end of what it said."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--group", name]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=env, check=False)
-    except subprocess.TimeoutExpired as late:
-        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        return False, f"still running after {LIMIT_S:.0f} s (hang?); last lines:\n{said[-1500:]}"
-    return done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return run_in_a_process(__file__, "--group", name, limit=LIMIT_S)
 
 
 @pytest.mark.gpu

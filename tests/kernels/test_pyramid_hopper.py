@@ -6,13 +6,10 @@ As in ``test_hopper.py`` cases run in processes of their own under a time limit,
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +20,8 @@ from dit_accel_kernels.lists import gathered_from_mask, lists_from_levels, pack_
 from dit_accel_kernels.pyramid import pyramid, pyramid_groups
 from dit_accel_kernels.pyramid.hopper_launch import gathered_hopper, why_not_gathered
 from dit_accel_kernels.types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
+from tests.kernels.groups import run_in_a_process
 
-ROOT = Path(__file__).parents[2]
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 # As in test_hopper.py: weights and output are rounded once each, the log-sum-exp is float32.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -278,15 +275,7 @@ TOGETHER = [
 
 def run_groups(names: list[str], limit: float = 150.0) -> tuple[bool, str]:
     """Run groups in a fresh process; whether they passed, and the end of what it said."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--groups", *names]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=env, check=False)
-    except subprocess.TimeoutExpired as late:
-        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        return False, f"still running after {limit:.0f} s (hang?); last lines:\n{said[-1500:]}"
-    return done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return run_in_a_process(__file__, "--groups", *names, limit=limit)
 
 
 def test_every_group_is_run() -> None:
