@@ -24,7 +24,6 @@ __all__ = [
     "choose_backend",
     "register_backend",
     "require_backend",
-    "reroute_reason",
     "run_backend",
     "self_test",
     "why_not",
@@ -115,10 +114,12 @@ def _why_not_hopper(**kwargs: Any) -> str | None:
 
 
 def _run_hopper(*args: Any, gathered: GatheredKeys | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    if gathered is not None:
+        from .pyramid.hopper_launch import run_gathered
+
+        return run_gathered(*args, gathered=gathered, **kwargs)
     from .block_sparse.hopper_launch import run_hopper
 
-    if reroute_reason("hopper", gathered=gathered) is not None:
-        return _run_triton(*args, gathered=gathered, **kwargs)
     return run_hopper(*args, **kwargs)
 
 
@@ -299,23 +300,6 @@ def require_backend(
     reason = self_test(name, device, dtype, head_dim, block_q, block_k)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} failed its self-test: {reason}")
-
-
-def reroute_reason(name: str, *, gathered: GatheredKeys | None = None) -> str | None:
-    """Say why the Triton kernel must compute a call although the backend serves its dtype and block sizes.
-
-    The Hopper kernel has further reasons of its own: :func:`dit_accel_kernels.block_sparse.hopper_launch.reroute_reason`.
-
-    Args:
-        name: the backend.
-        gathered: the gathered keys of the call.
-
-    Returns:
-        The reason, or ``None`` if the backend computes the call itself.
-    """
-    if name == "hopper" and gathered is not None:
-        return "gathered keys are not supported"
-    return None
 
 
 def run_backend(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from dit_accel_kernels.backends import (
     self_test,
     why_not,
 )
+from dit_accel_kernels.lists import gathered_from_mask, lists_from_levels
+from dit_accel_kernels.types import GatheredKeys
 
 SITE: dict[str, Any] = {"dtype": torch.float32, "head_dim": 64, "block_q": 64, "block_k": 64}
 
@@ -60,7 +62,7 @@ def test_cpu_passes_and_is_chosen(dtype: torch.dtype, block_q: int, block_k: int
 def test_triton_passes_and_is_chosen(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -> None:
     site = {"dtype": dtype, "head_dim": head_dim, "block_q": block_q, "block_k": block_k}
     name, reasons = choose_backend(device="cuda", **site)
-    if why_not("hopper", device="cuda", **site) is None and head_dim == 128:
+    if why_not("hopper", device="cuda", **site) is None:
         assert (name, reasons) == ("hopper", {})
         assert self_test("triton", "cuda", dtype, head_dim, block_q, block_k) is None
     else:
@@ -123,10 +125,18 @@ def test_a_backend_that_ignores_gathered_keys_fails() -> None:
 
 
 def test_a_call_that_hopper_does_not_serve_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(backends, "_run_triton", lambda *_, **given: calls.append(given))
-    run_backend("hopper", gathered="some", scale=1.0)
-    assert calls == [{"gathered": "some", "scale": 1.0}]
+    pytest.importorskip("triton")
+    from dit_accel_kernels.block_sparse import launch
+
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "block_sparse_triton", lambda *_, **given: calls.append(given))
+    q = torch.zeros(1, 1, 128, 8)
+    lists = lists_from_levels(torch.ones(1, 1, 1, 1, dtype=torch.uint8), 128, 128)
+    rows = gathered_from_mask(torch.ones(1, 1, 1, 32, dtype=torch.bool))
+    more = GatheredKeys(q, q, torch.zeros(1, 1, 128), *rows, 4)
+    run_backend("hopper", q, q, q, lists, gathered=more, scale=1.0)
+    assert calls[0]["gathered"] is more
+    assert calls[0]["scale"] == 1.0
 
 
 def test_a_backend_that_raises_gives_its_reason() -> None:

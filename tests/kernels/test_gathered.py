@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel_kernels.backends import reroute_reason
 from dit_accel_kernels.block_sparse import _op, block_sparse_attention
 from dit_accel_kernels.lists import gathered_from_mask, lists_from_levels
 from dit_accel_kernels.types import GatheredKeys
@@ -226,13 +225,6 @@ def test_no_second_kernel_for_another_length() -> None:
         cache = block_sparse_fwd_kernel.device_caches[torch.cuda.current_device()][0]
         seen.add(len(cache))
     assert len(seen) == 1
-
-
-def test_hopper_leaves_gathered_keys_to_triton() -> None:
-    p = make(Case("reroute", group=8, **SMALL), "cpu")
-    assert reroute_reason("hopper", gathered=p.gathered) == "gathered keys are not supported"
-    assert reroute_reason("hopper") is None
-    assert reroute_reason("triton", gathered=p.gathered) is None
 
 
 @pytest.mark.parametrize("name", ["k", "bias"])
