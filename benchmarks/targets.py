@@ -1,13 +1,15 @@
 """Whether a target is met: asked for 30, 35 and 40 dB, what do prompts get that no calibration has seen?
 
-    python benchmarks/targets.py --out benchmarks/results/targets        # a GPU: 8 prompts to calibrate, 16 to test
-    python benchmarks/targets.py --toy                                   # the same, small, for a CPU
+    python benchmarks/targets.py --workers 4 --out benchmarks/results/targets  # a GPU: 32 prompts to calibrate, 16 to test
+    python benchmarks/targets.py --toy                                         # the same, small, for a CPU
 
-Two profiles are calibrated on the last prompts of the list: `error` keeps an error of attention that is measured anew
-whenever a plan is made, `density` holds one density for each head. Then the first prompts of the list are generated dense
-and with each profile for each target, from the same noise. PSNR is against the dense clip, each frame on [0, 1], mean over
-frames; the work is that of the whole run, warm-up, planning and probing included. The work folder keeps what is done, so
-that a run that was stopped goes on.
+Two profiles are calibrated: `error` keeps an error of attention that is measured anew whenever a plan is made, `density`
+holds one density for each head. Then the first prompts of the model's list are generated dense and with each profile for
+each target, from the same noise. None of them is among those to calibrate on, which were drawn at random from everything
+that the model was taught (`random.Random(0).sample` of `concepts.py` without the model's own list). PSNR is against the
+dense clip, each frame on [0, 1], mean over frames; the work is that of the whole run, warm-up, planning and probing
+included. The work folder keeps what is done, so that a run that was stopped goes on. Workers share the prompts; the curve
+of `error` is the mean of theirs, densities of heads are calibrated by one.
 
 `--write-stock` writes the curve of `error` to dit_accel/targets/stock.json, from which `target_psnr` without a profile
 takes its error; `--write-profile FOLDER` writes the profile of `--ship`, to be shared.
@@ -18,7 +20,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,8 +39,10 @@ from dit_accel.calibration.quality import pictures, psnr  # noqa: E402
 from dit_accel.demo.pipeline import load  # noqa: E402
 from dit_accel.env import gpus, versions  # noqa: E402
 from dit_accel.profiles import Profile  # noqa: E402
+from dit_accel.targets.quality import QualityCurve, QualityPoint  # noqa: E402
 from dit_accel_eval.files import write_json, write_text  # noqa: E402
 
+PROMPTS = ROOT / "benchmarks/targets_prompts.txt"
 STOCK = ROOT / "dit_accel/targets/stock.json"
 ERRORS = (0.2, 0.1, 0.05, 0.025, 0.0125)
 WITHIN = 1.5
@@ -49,7 +55,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", type=float, default=[30.0, 35.0, 40.0], help="dB")
     parser.add_argument("--controls", nargs="+", default=["error", "density"], choices=["error", "density"])
     parser.add_argument("--count", type=int, default=16, help="prompts to test, the first of prompts.txt")
-    parser.add_argument("--calibrate", type=int, default=8, help="prompts to calibrate on, the last of prompts.txt")
+    parser.add_argument("--calibrate", type=int, default=32, help="prompts to calibrate on, the first of --prompts")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line, to calibrate on")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--errors", nargs="+", type=float, default=list(ERRORS), help="errors whose PSNR is measured")
     parser.add_argument("--frames", type=int, default=65)
     parser.add_argument("--steps", type=int, default=30)
@@ -72,6 +81,7 @@ def calibrated(pipe: Any, args: argparse.Namespace, prompts: list[str], control:
     """A profile with a curve through all errors."""
     began = time.perf_counter()
     *further, last = args.errors
+    part = args.part or 0
     profile = dit_accel.calibrate(
         pipe,
         prompts,
@@ -79,15 +89,31 @@ def calibrated(pipe: Any, args: argparse.Namespace, prompts: list[str], control:
         target=f"error:{last:g}",
         control=control,
         errors=further,
-        folder=args.out / "work",
-        seed=10_000,
+        folder=args.out / f"work_{control}_{part}",
+        seed=10_000 + 1_000 * part,
         **call,
     )
     assert isinstance(profile, Profile)
-    print(f"{control}: calibrated on {len(prompts)} prompts in {time.perf_counter() - began:.0f} s")
-    for point in profile.curve.points if profile.curve is not None else ():
-        print(f"  error {point.error:<8g} {point.psnr:6.2f} dB  density {point.density:.3f}")
+    print(f"{control}: calibrated on {len(prompts)} prompts in {time.perf_counter() - began:.0f} s", flush=True)
     return dataclasses.replace(profile, name=f"{args.model.name}, {args.method}, {control}")
+
+
+def joined(profiles: list[Profile], counts: list[int]) -> Profile:
+    """One profile whose curve is the mean of all, by the prompts of each."""
+    curves = [profile.curve for profile in profiles]
+    total = sum(counts)
+
+    def mean(index: int, name: str) -> float:
+        return sum(n * getattr(c.points[index], name) for c, n in zip(curves, counts, strict=True) if c) / total
+
+    first = curves[0]
+    assert first is not None
+    points = tuple(
+        QualityPoint(point.error, mean(index, "psnr"), mean(index, "density"))
+        for index, point in enumerate(first.points)
+    )
+    source = first.source.replace(f"{counts[0]} prompts", f"{total} prompts")
+    return dataclasses.replace(profiles[0], curve=QualityCurve(points, source))
 
 
 def sample(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Tensor:
@@ -95,27 +121,45 @@ def sample(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Ten
     return pictures(pipe(prompt=prompt, generator=generator, output_type="np", **call))
 
 
-def measured(
-    pipe: Any, work: WorkFolder, profile: Profile, control: str, target: float, prompts: list[str], call: dict[str, Any]
-) -> list[dict[str, float]]:
-    """PSNR and work of each prompt, in order."""
-    found: list[dict[str, float]] = []
-    for index, prompt in enumerate(prompts):
-        name = f"{control}-{target:g}-{index}"
-        row = work.result(name)
-        if row is None:
-            kept = work.tensors(f"dense-{index}")
-            if kept is None:
-                work.put_tensors(f"dense-{index}", {"pictures": sample(pipe, prompt, index, call)}, {})
-                kept = work.tensors(f"dense-{index}")
-                assert kept is not None
-            with dit_accel.enabled(pipe, profile=profile, target_psnr=target, min_tokens=0) as handle:
-                made = sample(pipe, prompt, index, call)
-                density = next(iter(handle.stats().values())).density
-            row = {"psnr": psnr(made, kept[0]["pictures"]), "density": density}
-            work.put_result(name, row)
-        found.append(row)
-    return found
+def measure(
+    pipe: Any,
+    args: argparse.Namespace,
+    profiles: dict[str, Profile],
+    prompts: list[str],
+    call: dict[str, Any],
+    share: slice = slice(None),
+) -> WorkFolder:
+    """PSNR and work of each prompt of a share, a file for each."""
+    settings = {"call": call, "method": args.method, "profiles": {c: repr(p.curve) for c, p in profiles.items()}}
+    work = WorkFolder(args.out / "test", settings)
+    for index, prompt in list(enumerate(prompts))[share]:
+        dense = sample(pipe, prompt, index, call)
+        for control, profile in profiles.items():
+            for target in args.targets:
+                if work.result(f"{control}-{target:g}-{index}") is not None:
+                    continue
+                with dit_accel.enabled(pipe, profile=profile, target_psnr=target, min_tokens=0) as handle:
+                    made = sample(pipe, prompt, index, call)
+                    density = next(iter(handle.stats().values())).density
+                work.put_result(f"{control}-{target:g}-{index}", {"psnr": psnr(made, dense), "density": density})
+    return work
+
+
+def in_workers(args: argparse.Namespace) -> None:
+    """This command once for each worker, which takes its share."""
+    command = [sys.executable, __file__, *sys.argv[1:]]
+    running = [subprocess.Popen([*command, "--part", str(part)]) for part in range(args.workers)]
+    failed = [process.wait() for process in running]
+    if any(failed):
+        raise SystemExit(f"workers ended with {failed}")
+
+
+def lines(path: Path, count: int) -> list[str]:
+    """The first prompts of a file."""
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(found) < count:
+        raise SystemExit(f"{path} has {len(found)} prompts, {count} are needed")
+    return found[:count]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -133,12 +177,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    prompts = [line.strip() for line in (args.model / "prompts.txt").read_text().splitlines() if line.strip()]
-    if len(prompts) < args.count + args.calibrate:
-        raise SystemExit(
-            f"{len(prompts)} prompts are too few for {args.count} to test and {args.calibrate} to calibrate"
-        )
-    tested, seen = prompts[: args.count], prompts[-args.calibrate :]
+    tested, seen = lines(args.model / "prompts.txt", args.count), lines(args.prompts, args.calibrate)
+    if both := set(tested) & set(seen):
+        raise SystemExit(f"{sorted(both)} would be calibrated on and tested")
     pipe = load(args.model, torch.device(args.device))
     call = {
         "height": args.size,
@@ -147,14 +188,40 @@ def main() -> None:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
     }
-    profiles = {control: calibrated(pipe, args, seen, control, call) for control in args.controls}
-    settings = {"call": call, "method": args.method, "profiles": {c: repr(p.curve) for c, p in profiles.items()}}
-    work = WorkFolder(args.out / "test", settings)
+    folder = args.out / "profiles"
+    if args.part is not None:
+        share = slice(args.part, None, args.workers)
+        if (folder / "ready").is_file():
+            measure(pipe, args, {c: Profile.load(folder / c) for c in args.controls}, tested, call, share)
+        elif "error" in args.controls:
+            calibrated(pipe, args, seen[share], "error", call).save(folder / f"error_{args.part}")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    profiles = {}
+    if args.workers > 1:
+        in_workers(args)
+    for control in args.controls:
+        if control == "error" and args.workers > 1:
+            parts = [Profile.load(folder / f"error_{part}") for part in range(args.workers)]
+            profiles[control] = joined(parts, [len(seen[part :: args.workers]) for part in range(args.workers)])
+        else:
+            profiles[control] = calibrated(pipe, args, seen, control, call)
+        profiles[control].save(folder / control)
+        curve = profiles[control].curve
+        for point in curve.points if curve is not None else ():
+            print(f"  error {point.error:<8g} {point.psnr:6.2f} dB  density {point.density:.3f}", flush=True)
+    if args.workers > 1:
+        write_text(folder / "ready", "")
+        in_workers(args)
+        profiles = {control: Profile.load(folder / control) for control in args.controls}
+    work = measure(pipe, args, profiles, tested, call, slice(0, 0) if args.workers > 1 else slice(None))
     rows: list[dict[str, Any]] = []
     for control, profile in profiles.items():
         assert profile.curve is not None
         for target in args.targets:
-            found = measured(pipe, work, profile, control, target, tested, call)
+            kept = [work.result(f"{control}-{target:g}-{index}") for index in range(len(tested))]
+            found = [row for row in kept if row is not None]
+            assert len(found) == len(tested)
             values = [row["psnr"] for row in found]
             mean = statistics.fmean(values)
             row = {"control": control, "target": target, "psnr": mean, "lowest": min(values), "highest": max(values)}
