@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibrate", type=int, default=32, help="prompts to calibrate on, the first of --prompts")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line, to calibrate on")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--keep", action="store_true", help="test with the profiles that an earlier run left in --out")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--errors", nargs="+", type=float, default=list(ERRORS), help="errors whose PSNR is measured")
     parser.add_argument("--frames", type=int, default=65)
@@ -196,11 +197,12 @@ def main() -> None:
         elif "error" in args.controls:
             calibrated(pipe, args, seen[share], "error", call).save(folder / f"error_{args.part}")
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    profiles = {}
-    if args.workers > 1:
-        in_workers(args)
-    for control in args.controls:
+    profiles = {c: Profile.load(folder / c) for c in args.controls} if args.keep else {}
+    if not args.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        if args.workers > 1:
+            in_workers(args)
+    for control in [] if args.keep else args.controls:
         if control == "error" and args.workers > 1:
             parts = [Profile.load(folder / f"error_{part}") for part in range(args.workers)]
             profiles[control] = joined(parts, [len(seen[part :: args.workers]) for part in range(args.workers)])
