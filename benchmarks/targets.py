@@ -248,9 +248,9 @@ def main() -> None:
         from dit_accel.targets import parse_target
 
         (row,) = (row for row in rows if row["control"] == args.ship and row["target"] == SHIPPED)
-        told = {"prompts": tested, **{key: row[key] for key in ("error", "psnr", "density")}}
+        gave = {"prompts": tested, **{key: row[key] for key in ("error", "psnr", "density")}}
         shipped = retarget(profiles[args.ship], parse_target(f"psnr:{SHIPPED:g}"))
-        shipped = dataclasses.replace(shipped, measured=told)  # on prompts that it has not seen
+        shipped = dataclasses.replace(shipped, measured=gave)  # on prompts that it has not seen
         print(f"wrote {shipped.save(args.write_profile)}")
 
 
