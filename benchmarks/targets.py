@@ -106,7 +106,7 @@ def joined(profiles: list[Profile], counts: list[int]) -> Profile:
     total = sum(counts)
 
     def mean(index: int, name: str) -> float:
-        return sum(n * getattr(c.points[index], name) for c, n in zip(curves, counts, strict=True) if c) / total
+        return sum(n * float(getattr(c.points[index], name)) for c, n in zip(curves, counts, strict=True) if c) / total
 
     first = curves[0]
     assert first is not None
