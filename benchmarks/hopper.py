@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _timing import environment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,6 +50,7 @@ FLUX_SHORT = (24, 4608, 128)  # FLUX at 1024 x 1024 with its text
 WINDOW_PLANS: dict[str, tuple[Any, tuple[int, int, int], int, int]] = {
     "GNA stride 16x8x8": ((16, 8, 8), (2, 8, 8), 128, 128),
     "NA, bricks 8x4x4": (1, (8, 4, 4), 128, 128),
+    "NA, bricks 8x4x4 and halves": (1, (8, 4, 4), 128, 64),
     "NA, bricks 4x4x4": (1, (4, 4, 4), 128, 64),
     "NA, Triton, 4x4x4": (1, (4, 4, 4), 64, 64),
 }
@@ -213,7 +215,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def main_cases(shape: str, rounds: int) -> list[Row]:
-    """All densities of one shape, and uneven rows."""
+    """All densities of one shape, and uneven rows; flash-attn-4 where ``flash4_object.py`` has compiled it."""
+    from flash4_object import object_call, why_no_object
+
+    from dit_accel_kernels.block_sparse.flash4 import flash4_lists
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
 
     heads, tokens, dim = SHAPES[shape]
@@ -226,6 +231,8 @@ def main_cases(shape: str, rounds: int) -> list[Row]:
             CUDNN: (partial(dense, q, k, v), 4.0 * heads * tokens * tokens * dim),
             "hopper": (partial(block_sparse_hopper, q, k, v, lists, scale=scale), work),
         }
+        if why_no_object(dim, q.dtype, tokens) is None:
+            calls["flash-attn-4"] = (object_call(q, k, v, *flash4_lists(lists, tokens // 128)), work)
         if uneven:  # equal rows in the same rounds
             levels = make(heads, tokens, dim, density)[3]
             equal = 4.0 * 128 * 128 * dim * int(levels.sum())
@@ -261,6 +268,25 @@ def feature_cases(shape: str, rounds: int) -> list[Row]:
             calls["remainder, bias first"] = (partial(call, pooled=pooled, config=first), work)
             calls["padding, bias first"] = (partial(call, key_valid=valid, config=first), work)
             calls["both, consumers gather"] = (partial(call, pooled=pooled, order=order, config=gather), work)
+        rows += in_turns(shape, f"0.2 by {block_k}", calls, rounds)
+    return rows
+
+
+def remainder_cases(shape: str, rounds: int) -> list[Row]:
+    """What a remainder alone costs at density 0.2, for key blocks of either size."""
+    from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
+
+    heads, tokens, dim = SHAPES[shape]
+    rows = []
+    for block_k in (64, 128):
+        q, k, v, levels = make(heads, tokens, dim, 0.2, block_k=block_k)
+        lists, pooled = to_lists(levels, block_k), remainder(k, v, levels)
+        work = 4.0 * 128 * block_k * dim * int(levels.sum())
+        call = partial(block_sparse_hopper, q, k, v, lists, scale=dim**-0.5)
+        calls: dict[str, tuple[Callable[[], Any], float]] = {
+            "hopper": (call, work),
+            "hopper + remainder": (partial(call, pooled=pooled), work),
+        }
         rows += in_turns(shape, f"0.2 by {block_k}", calls, rounds)
     return rows
 
@@ -354,11 +380,9 @@ def window_calls(
     from dit_accel.order.brick import brick
     from dit_accel.windows import WindowSpec, token_windows, window_levels
     from dit_accel_kernels import block_sparse_attention, permute_tokens
-    from dit_accel_kernels.block_sparse import hopper_launch
 
     dim = 128
     trust(dim)
-    hopper_launch.ALLOW_WINDOWS = True
     geometry = TokenGeometry(grid)
     tokens = geometry.tokens
     q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
@@ -438,8 +462,21 @@ def save(rows: list[Row]) -> None:
     """Write what there is to ``$OUT``."""
     out = os.environ.get("OUT")
     if out:
-        text = json.dumps({"gpu": torch.cuda.get_device_name(), "rows": [asdict(row) for row in rows]}, indent=1)
+        about = environment(torch.device("cuda"))
+        text = json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1)
         Path(out, "hopper.json").write_text(text, encoding="utf-8")
+
+
+def keep(run: Path, record: Path, note: str) -> None:
+    """Append what a run has written to a committed record, with a note and, where that machine had no git, our commit."""
+    rows = json.loads(run.read_text(encoding="utf-8"))
+    if rows.get("commit") == "unknown":
+        rows["commit"] = environment(torch.device("cpu"))["commit"]
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"runs": []}
+    known["runs"].append({"note": note} | rows)
+    partial_file = record.with_suffix(".partial")
+    partial_file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    partial_file.replace(record)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -454,7 +491,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--parts", nargs="*", default=["main", "features", "short", "windows"], help="what to measure")
     parser.add_argument("--no-gate", action="store_true", help="variants were checked before")
+    parser.add_argument(
+        "--keep", type=Path, nargs=2, metavar=("RUN", "RECORD"), help="only append hopper.json to a record"
+    )
+    parser.add_argument("--note", default="", help="with --keep: what ran")
     args = parser.parse_args(argv)
+    if args.keep:
+        keep(*args.keep, args.note)
+        return 0
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         sys.stdout.write("needs a GPU of compute capability 9.0\n")
         return 2
@@ -478,6 +522,8 @@ def main(argv: list[str] | None = None) -> int:
             parts.append(partial(main_cases, shape, rounds))
         if "features" in args.parts and shape in ("H12 S32768 d128", "H40 S75648 d128"):
             parts.append(partial(feature_cases, shape, rounds))
+        if "remainder" in args.parts:
+            parts.append(partial(remainder_cases, shape, rounds))
         if "features" in args.parts and shape == "H12 S32768 d128":
             parts.append(partial(auto_cases, shape, rounds))
     once: list[Callable[[], list[Row]]] = []

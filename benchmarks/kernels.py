@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
 
 from _timing import Result, append_csv, environment, measure  # noqa: E402
+from flash4_object import object_call, why_no_object  # noqa: E402
 
 import dit_accel_kernels as dk  # noqa: E402
 
@@ -158,15 +159,20 @@ def flex(p: Problem, density: float) -> Callable[[], Tensor] | str:
 
 def flash4(p: Problem, density: float) -> Callable[[], Any] | str:
     """Block-sparse flash-attn-4 on whole blocks of 128; or why it cannot be had."""
-    from dit_accel_kernels.block_sparse.flash4 import block_sparse_flash4
+    from dit_accel_kernels.block_sparse.flash4 import block_sparse_flash4, flash4_lists
 
     dim, tokens = p.q.shape[3], p.q.shape[2]
     where = {"device": p.q.device, "dtype": p.q.dtype, "head_dim": dim, "block_q": 128, "block_k": 128}
     reason = dk.why_not("flash4", **where)
-    if reason is not None or tokens % 128:
-        return reason or f"needs a multiple of 128 tokens, got {tokens}"
+    if reason is None and tokens % 128:
+        reason = f"needs a multiple of 128 tokens, got {tokens}"
+    without = why_no_object(dim, p.q.dtype, tokens) if p.q.is_cuda else "needs CUDA"
+    if reason is not None and without is not None:
+        return f"{reason}; compiled ahead: {without}"
     lists = dk.lists_from_levels(p.levels(density, 128, 128), 128, 128)
-    return lambda: block_sparse_flash4(p.q, p.k, p.v, lists, scale=dim**-0.5)
+    if reason is None:
+        return lambda: block_sparse_flash4(p.q, p.k, p.v, lists, scale=dim**-0.5)
+    return object_call(p.q, p.k, p.v, *flash4_lists(lists, tokens // 128))
 
 
 def comfy_kitchen(p: Problem, density: float) -> Callable[[], Any] | str:

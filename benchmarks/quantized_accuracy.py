@@ -70,6 +70,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", help="of the 8-bit kernels (default: the first that works)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="one prompt, 9 frames of 64 pixels, 2 steps")
+    names = [name for name, _ in VARIANTS]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="these variants (default: all)")
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md")
     args = parser.parse_args()
     if args.toy:
@@ -179,6 +181,7 @@ class Study:
     backend: str | None
     layers: int
     every: int
+    variants: list[tuple[str, Precision | None]]
     calls: int = 0
     measured: int = 0
     errors: dict[tuple[str, str], Errors] = field(default_factory=dict)
@@ -196,7 +199,7 @@ class Study:
         lists = lists_from_levels(torch.ones(1, 1, *count, dtype=torch.uint8, device=q.device), *self.block)
         self.measured += 1
         for where, order in (("natural", None), ("reordered", best_order(k, self.grid, self.block[1]))):
-            for name, precision in VARIANTS:
+            for name, precision in self.variants:
                 out = self.attend(q, k, v, lists, precision, order)
                 self.errors.setdefault((name, where), Errors()).add(out, want)
 
@@ -258,7 +261,7 @@ def table(study: Study) -> str:
         "| variant | cosine | worst | rel-L1 | worst | rel-RMSE | reordered: cosine | rel-L1 | worst | rel-RMSE |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, _ in VARIANTS:
+    for name, _ in study.variants:
         a, b = (study.errors[name, where].summary() for where in ("natural", "reordered"))
         lines.append(
             f"| {name} | {a['cosine']:.5f} | {a['worst_cosine']:.5f} | {a['rel_l1']:.2%} | {a['worst_rel_l1']:.2%} "
@@ -276,7 +279,8 @@ def main() -> None:
     grid = token_grid(pipe, args.frames, args.size)
     layers = pipe.transformer.config.num_layers
     # With guidance the transformer runs twice a step, and a step's calls are those of both.
-    study = Study(grid, tuple(args.block), args.backend, 2 * layers, args.every)
+    chosen = [(name, precision) for name, precision in VARIANTS if name in args.only]
+    study = Study(grid, tuple(args.block), args.backend, 2 * layers, args.every, chosen)
     began = time.perf_counter()
     options = {"height": args.size, "width": args.size, "num_frames": args.frames}
     for number, prompt in enumerate(args.prompts):
@@ -284,16 +288,18 @@ def main() -> None:
             generate(
                 pipe, [prompt], [number], decode=False, num_inference_steps=args.steps, guidance_scale=4.0, **options
             )
-    if not study.measured:
-        raise SystemExit("no self-attention call was seen: does the pipeline call scaled_dot_product_attention?")
-    text = table(study)
-    print(text, end="")
-    print(f"{study.measured} calls of {grid} tokens, {time.perf_counter() - began:.0f} s")
-    if args.out is not None:
-        errors = [{"variant": n, "order": w, **e.summary()} for (n, w), e in study.errors.items()]
-        made = {"environment": environment(torch.device(args.device)), "grid": grid, "block": args.block}
-        write_json(args.out.with_suffix(".json"), {**made, "prompts": args.prompts, "errors": errors})
-        write_text(args.out.with_suffix(".md"), text)
+        if not study.measured:
+            raise SystemExit("no self-attention call was seen: does the pipeline call scaled_dot_product_attention?")
+        text = table(study)
+        print(text, end="")
+        print(f"{study.measured} calls of {grid} tokens, {time.perf_counter() - began:.0f} s", flush=True)
+        if args.out is not None:  # what there is after each prompt
+            errors = [{"variant": n, "order": w, **e.summary()} for (n, w), e in study.errors.items()]
+            made = {"environment": environment(torch.device(args.device)), "grid": grid, "block": args.block}
+            made |= {"frames": args.frames, "steps": args.steps, "every": args.every}
+            made["prompts"] = args.prompts[: number + 1]
+            write_json(args.out.with_suffix(".json"), {**made, "errors": errors})
+            write_text(args.out.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--block", type=int, default=128, help="tokens of a block; the Hopper kernel wants 128")
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument(
+        "--precisions", nargs="+", default=list(PRECISIONS), help="as enable() takes them, rotated or not"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="one prompt, 9 frames of 64 pixels, 4 steps, blocks of 32")
     parser.add_argument("--out", type=Path, help="write NAME.json")

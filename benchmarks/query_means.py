@@ -8,8 +8,6 @@ the correction costs what one of dense attention does. ``--toy`` runs all of it 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,8 +17,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "benchmarks")]
+sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "eval", "benchmarks")]
 
+from _records import append  # noqa: E402
 from hopper import CUDNN, dense, in_turns  # noqa: E402
 
 from dit_accel_kernels import block_stats, pack_bits  # noqa: E402
@@ -85,11 +84,12 @@ def parts(block_q: int, heads: int, tokens: int, dim: int, device: str) -> tuple
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print a table and write JSON to ``$OUT``."""
+    """Measure, print a table and append to a record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--blocks", nargs="*", type=int, default=[128, 64], help="tokens of a mean")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON lines to append to")
     parser.add_argument("--toy", action="store_true", help="a tiny shape, nothing is timed")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,25 +100,22 @@ def main(argv: list[str] | None = None) -> int:
                 call()
                 print(f"{name}: ran")
         return 0
-    records: list[dict[str, Any]] = []
     for shape in args.shapes:
         for block_q in args.blocks:
             attend, calls = parts(block_q, *SHAPES[shape], device)
             rows = in_turns(
                 shape, str(block_q), {CUDNN: (attend, 1.0)} | {n: (c, 1.0) for n, c in calls.items()}, args.rounds
             )
-            times = {row.what: row.ms for row in rows}
+            times, records = {row.what: row.ms for row in rows}, []
             for name in calls:
                 part = times[name] / times[CUDNN]
-                records.append({"shape": shape, "block_q": block_q, "part": name, "ms": times[name], "of_dense": part})
+                records.append({"part": name, "ms": times[name], "of_dense": part})
                 print(
                     f"{shape:<16} means of {block_q:<4} {name:<28} {times[name]:>8.3f} ms {100 * part:>6.2f} % of "
                     f"{times[CUDNN]:.3f}, share {part * block_q:.2f}",
                     flush=True,
                 )
-    if os.environ.get("OUT"):
-        record = {"gpu": torch.cuda.get_device_name(), "block_k": BLOCK_K, "rows": records}
-        Path(os.environ["OUT"], "query_means.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            append(args.out, shape, times[CUDNN], records, block_q=block_q, block_k=BLOCK_K)
     return 0
 
 

@@ -52,11 +52,15 @@ GPU that it needs was not.
 
 TAIL = """## What the host pays
 
-Where a layer is sparse, the host looks up its plan and calls the kernels. The look-up takes 25 to 40 microseconds of Python
-for each attention call on one core of the development machine, diffusers' dispatch included and the kernels' own wrappers
-and launches not; `pytest -s tests/combinations/test_host_cost.py` prints it. A compiled graph holds one operator for each
-attention call: the processor and the dispatch are traced away, and the look-up, which is the body of the operator, stays. A
-replayed CUDA graph runs no Python, and so repeats the plan of the step that was captured.
+Where a layer is sparse, the host looks up its plan and launches kernels. The first call of a layout takes all of the
+kernels' Python; later ones make its launches again with other addresses ([design](design.md#launches-made-again)). On the
+host of an H200 a call of `auto` took 85 microseconds instead of 745, its eight launches by the driver (33) and torch's
+allocations and views (11) included: 40 are ours. `adaspa` took 55 instead of 258, of which 33 are ours
+(`benchmarks/host_overhead.py`, which needs no GPU; record: `benchmarks/results/host_overhead.json`). With a mask of
+keys, in 8 bit, and for compensations that torch computes (`pisa`, `rectified` and the like) every call goes the long way.
+
+A compiled graph holds one operator for each attention call: the processor and the dispatch are traced away, and the body of
+the operator stays. A replayed CUDA graph runs no Python, and so repeats the plan of the step that was captured.
 
 ## More about threads
 

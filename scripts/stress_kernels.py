@@ -34,8 +34,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
 from _stress_calls import VARIANTS, Pending, Variant, start_call  # noqa: E402
 
-from dit_accel_kernels.block_sparse import hopper_launch  # noqa: E402
-
 SILENCE_S = 45.0  # a compilation included
 BATCH = 16  # calls whose results are read at once
 
@@ -55,7 +53,6 @@ def work(args: argparse.Namespace) -> int:
     """Make the calls of a worker; says ``try``, ``ok`` and ``bad`` with kernel and seed."""
     device = torch.device("cpu" if args.kernels == ["cpu"] else "cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
-    hopper_launch.ALLOW_WINDOWS = True  # what is not a default yet is called, too
     # Uninitialised memory is filled with NaN, so what a kernel does not write shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._launch import is_recording
+
 __all__ = [
     "MAX_HEAD_DIM",
     "blocks",
@@ -69,6 +71,8 @@ def eager(op: Any, x: Tensor) -> Any:
     The operator's own Python costs more than that of most of what stands in it. Under compile, dispatch modes and tensor
     subclasses it has to be seen.
     """
+    if is_recording():
+        return getattr(op, "_init_fn", op)
     recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return op if recorded or type(x) is not Tensor or x.is_meta or x.requires_grad else getattr(op, "_init_fn", op)
 

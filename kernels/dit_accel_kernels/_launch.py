@@ -1,14 +1,39 @@
-"""What every Triton launch of this package needs: the GPU's limits and key tiles through TMA where that works."""
+"""What every launch goes through, and needs: the GPU's limits, and key tiles through TMA where that works."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "describe", "takes_tma"]
+if TYPE_CHECKING:
+    from .recording import Recording
+
+__all__ = ["capability", "describe", "here", "is_recording", "launch", "takes_tma"]
+
+
+class _Thread(threading.local):
+    """The recording that is under way in a thread."""
+
+    recording: Recording | None = None
+
+
+here = _Thread()
+
+
+def is_recording() -> bool:
+    """Whether this thread writes down its launches, see :mod:`.recording`."""
+    return here.recording is not None
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """``kernel[grid]``, which a recording would not see: what carries out a plan starts all its kernels so."""
+    recording = here.recording
+    return kernel[grid] if recording is None else partial(recording.start, kernel, grid)
 
 
 @lru_cache(maxsize=16)

@@ -16,13 +16,12 @@ from ._common import check_bhsd
 from .block_mass import attention_lse
 from .types import BlockLists
 
-__all__ = ["dense_attention", "dense_kernel", "lse_merge", "too_short_for_sparse"]
+__all__ = ["dense_attention", "dense_kernel", "lse_merge"]
 
 _aten = torch.ops.aten
 _HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 # Fewer keys or query blocks leave our Hopper kernel too little to do to beat cuDNN's, whose normaliser costs it nothing.
 _MIN_KEYS, _MIN_JOBS, _BLOCK = 8192, 512, 128
-_LAUNCH_MS = 0.4
 
 
 def dense_attention(
@@ -113,31 +112,6 @@ def _every_block(q: Tensor, k: Tensor) -> BlockLists:
     start = torch.zeros(1, 1, rows, dtype=torch.int32, device=q.device)
     ids = torch.arange(count, dtype=torch.int32, device=q.device)
     return BlockLists(start, start + count, None, ids, _BLOCK, _BLOCK)
-
-
-def too_short_for_sparse(
-    batch: int, heads: int, queries: int, keys: int, head_dim: int, device: torch.device
-) -> str | None:
-    """Say why dense attention is the faster one for a call whatever the density, or return ``None``.
-
-    On Hopper GPUs, where dense attention runs at some 600 TFLOP/s: a sparse call takes the host about 0.3 ms, and below
-    that nothing is left to gain. Measured on an H200 with 24 heads of 128: at 4608 tokens density 0.25 is 1.5 times
-    as fast as dense. Elsewhere kernels are slower and hosts are not, so nothing is said.
-
-    Args:
-        batch: batch elements.
-        heads: attention heads.
-        queries: tokens that attend.
-        keys: tokens that are attended to.
-        head_dim: columns of a head.
-        device: where the tensors are.
-    """
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
-    ms = 4e3 * batch * heads * queries * keys * head_dim / 600e12
-    if ms >= _LAUNCH_MS:
-        return None
-    return f"dense attention takes about {ms:.2g} ms, sparse attention at least {_LAUNCH_MS} ms to launch"
 
 
 def lse_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

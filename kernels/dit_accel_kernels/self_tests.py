@@ -99,9 +99,11 @@ def _cases(site: _Site) -> list[tuple[str, BlockLists, dict[str, Any]]]:
         torch.stack([torch.randperm(tokens, generator=gen), torch.arange(tokens).flip(0)]).to(device, torch.int32),
         torch.tensor([0, 1], dtype=torch.int32, device=device),
     )
-    edge = torch.randint(0, tokens, (2, 3, tokens), generator=gen, dtype=torch.int32).sort(0).values
-    codes = torch.arange(tokens, dtype=torch.int32).expand(3, -1)
-    windows = TokenWindows(*(x.contiguous().to(device) for x in (edge[0] // 4, edge[1] + tokens // 2, codes)))
+    # Places on a grid of 8 by 8 tokens a frame: near each other within a block, lest a backend pass them on to another one.
+    place = torch.arange(tokens, dtype=torch.int32)
+    codes = torch.stack([place // 64, place // 8 % 8, place % 8])
+    reach = torch.randint(0, 4, (2, 3, tokens), generator=gen, dtype=torch.int32)
+    windows = TokenWindows(*(x.contiguous().to(device) for x in (codes - reach[0], codes + 1 + reach[1], codes)))
     gathered = _gathered(site, qb)
     return [
         ("without a remainder", lists, {}),

@@ -15,8 +15,9 @@ LOOK = r"""
         start = place.get(int(target[1], 16), i) if target else i
         body = [text for _, text in lines[start : i + 1]]
         waits = [j for j, t in enumerate(body) if "DEPBAR.LE gsb0" in t]
-        # One step. Waits for barriers that had to be repeated jump into its middle.
-        if start < i and len(waits) == 2 and body[0].startswith("BAR.SYNC"):
+        # One step. Waits for barriers that had to be repeated jump into its middle; a job has more of them than a step.
+        barriers = sum("SYNCS" in t for t in body)
+        if start < i and len(waits) == 2 and body[0].startswith("BAR.SYNC") and barriers < 8:
             turns = [j for j, t in enumerate(body) if "BAR.ARV" in t] or [0]
             counts = {n: sum(n in t for t in body) for n in ("GMMA", "VOTE", "STL", "LDL", "BAR.ARV")}
             counts["between"] = sum("MUFU.EX2" in t for t in body[waits[0] : waits[-1]])

@@ -191,14 +191,3 @@ def test_a_dense_pass_lists_every_block() -> None:
     assert lists.row_start.tolist() == [[[0, 0, 0]]]
     assert lists.full.tolist() == [[[5, 5, 5]]]
     assert lists.indices.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_short_calls_stay_dense_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    assert dense.too_short_for_sparse(1, 24, 1024, 1024, 128, torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert "0.34 ms, sparse attention at least 0.4 ms" in str(dense.too_short_for_sparse(1, 24, 4096, 4096, 128, cuda))
-    assert dense.too_short_for_sparse(1, 24, 4608, 4608, 128, cuda) is None
-    assert dense.too_short_for_sparse(2, 24, 4096, 4096, 128, cuda) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    assert dense.too_short_for_sparse(1, 24, 1024, 1024, 128, cuda) is None

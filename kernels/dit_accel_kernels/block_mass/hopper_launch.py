@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._common import blocks
-from .._launch import capability
+from .._launch import capability, launch
 from ..block_sparse.hopper_call import make_descriptor, multiprocessors
 from ..block_sparse.hopper_launch import has_gluon
 from ..block_sparse.hopper_specs import padded
@@ -95,7 +95,7 @@ def block_mass_hopper(
     jobs = batch * heads * row_tiles * splits
     out = torch.empty(batch, heads, entries, key_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        block_mass_hopper_kernel[(min(most, jobs),)](
+        launch(block_mass_hopper_kernel, (min(most, jobs),))(
             make_descriptor(k, _TILE, padded(dim)), q, token.to(torch.int32).contiguous(), shift,
             None if key_valid is None else key_valid.contiguous(), out, scale * _LOG2E,
             entries * block_q, entries, keys, key_blocks, jobs, min(most, jobs), row_tiles, heads, splits, chunk, tiles,

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .._common import blocks, split_head_dim
-from .._launch import describe, takes_tma
+from .._launch import describe, launch, takes_tma
 from ..aot_spec import AotSpec
 from .reference import query_rows
 from .triton import attention_lse_kernel, block_mass_kernel
@@ -71,7 +71,7 @@ def block_mass_triton(
     k0, k1 = _keys(k, bn, widths, tma)
     grid = (blocks(count * parts, bm // rows_each), heads, batch)
     with torch.cuda.device_of(q):
-        block_mass_kernel[grid](
+        launch(block_mass_kernel, grid)(
             q, k0, k1, lse.contiguous(),
             q if rows is None else rows.int().contiguous(),
             q if table is None else table.contiguous(),
@@ -106,7 +106,7 @@ def attention_lse_triton(q: Tensor, k: Tensor, scale: float, key_valid: Tensor |
     out = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     k0, k1 = _keys(k, bn, widths, tma)
     with torch.cuda.device_of(q):
-        attention_lse_kernel[(blocks(queries, bm), heads, batch)](
+        launch(attention_lse_kernel, (blocks(queries, bm), heads, batch))(
             q, k0, k1, q if key_valid is None else key_valid.contiguous().view(torch.uint8), out,
             queries, keys, scale * _LOG2E, *q.stride()[:3], *k.stride()[:3], keys,
             DIM=dim, D0=widths[0], D1=widths[1], BM=bm, BN=bn, HAS_VALID=key_valid is not None,

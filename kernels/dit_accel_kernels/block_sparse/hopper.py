@@ -9,7 +9,8 @@ from a counter, all in their order but for the last ones, which come longest fir
   tiles of all jobs of a program, kept as a stage and a phase; keys and values of a tile have the same.
 - ``empty[s]``: both consumers have turned the keys of the tile in stage ``s`` into weights and have added the values of
   the tile before it; so the values of a tile are given back one tile after its keys.
-- ``q_full[w]``: the queries of consumer ``w`` are in its buffer and ``info`` says what its next job is. It moves them to
+- ``q_full[w]``: the queries of consumer ``w`` are in its buffer and ``info`` says what its next job is, in one of two slots
+  in turn: when a job is finished, that of the next one has begun. The consumer moves the queries to
   registers while it ends the job before, whose output then leaves through the same buffer, and arrives at ``q_empty[w]``.
 
 Consumers issue the product with the next keys before that with the values of the tile before, and the exponentials of a
@@ -31,10 +32,12 @@ from .hopper_specs import aot_specs
 from .hopper_steps import (
     fast_step,
     finish,
+    first_start,
     first_tile,
     gather_rows,
+    inverse_sum,
+    put_lse,
     release_queries,
-    split_job,
     step,
     total,
 )
@@ -44,29 +47,30 @@ __all__ = ["AOT_SPECS", "block_sparse_hopper_kernel"]
 
 
 @gluon.jit
-def _told(info, q_full, q_phase):
-    """Wait for the next job: its number, its biased and plain tiles, and whether to be careful.
+def _number(x, which: gl.constexpr):
+    return gl.sum(gl.where(gl.arange(0, 8, layout=x.type.layout) == which, x, 0), 0)
 
-    The number is -1 at the end, and -2 for a job of one masked tile that only serves to finish the one before.
+
+@gluon.jit
+def _read(info, slot, BOTH: gl.constexpr):
+    """What the producer has written about a job: see :func:`.hopper_load.describe`.
+
+    At head size 64 both slots are read: with an address that depends on the slot ptxas packs weights behind the wait for
+    the product with the values, and a step takes 15 to 20 % longer.
     """
-    mbarrier.wait(q_full, q_phase)
-    ALL: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    x = info.load(ALL)
-    o = gl.arange(0, 4, layout=ALL)
-    return (
-        gl.sum(gl.where(o == 0, x, 0), 0), gl.sum(gl.where(o == 1, x, 0), 0), gl.sum(gl.where(o == 2, x, 0), 0),
-        gl.sum(gl.where(o == 3, x, 0), 0),
-    )  # fmt: skip
+    LINE: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    if BOTH:
+        return gl.where(slot == 0, info.index(0).load(LINE), info.index(1).load(LINE))
+    return info.index(slot).load(LINE)
 
 
 @gluon.jit
 def _queries(
-    q, table, head_row, q_b, q_h, q_s, table_s, job, qb, heads, q_tile, i_w,
+    q, table, head_row, q_b, q_h, q_s, table_s, i_q, i_h, i_b, q_tile, i_w,
     D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The queries of a job in registers. Strides come in units of 8 elements, so that 16 bytes are read at once."""
     if GATHER:
-        i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
         q += i_b.to(gl.int64) * (q_b * 8) + i_h.to(gl.int64) * (q_h * 8)
         table += gl.load(head_row + i_h) * table_s
         gather_rows(q, table, q_s * 8, table_s, i_q * 128 + i_w * 64, q_tile, D, DIM, ROWS)
@@ -77,10 +81,10 @@ def _queries(
 def _consumer(
     args, i_w: gl.constexpr, D: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, MORE_BIASED: gl.constexpr,
     GATHER: gl.constexpr, HAS_LSE: gl.constexpr, FAST: gl.constexpr, BIAS: gl.constexpr = 0,
-    FETCHED: gl.constexpr = False,
+    FETCHED: gl.constexpr = False, RELEASE: gl.constexpr = 1,
 ):  # fmt: skip
     (
-        desc_o, q, out, lse, table, head_row, scale2, qb, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
+        desc_o, q, out, lse, table, head_row, scale2, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
         q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars,
     ) = args  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -88,83 +92,115 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    # Whether ``acc`` is set to 0 between jobs; otherwise the first product with values does not add to what is in it.
+    ZERO: gl.constexpr = D == 64
     q_buf = q_bufs.index(i_w)
     q_tile = q_buf.reshape([64, D])
-    # As if a job without a number had come before: its weights are 0, its values are what the memory holds.
-    stage, phase, q_phase, done, done_careful = STAGES - 1, 1, 0, -2, 1
+    # As if a job without a number had come before, which ``info`` says: its weights are 0, its values are what the memory
+    # holds.
+    stage, phase, slot = STAGES - 1, 1, 0
     acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
     p = gl.zeros([64, 128], k_bufs.dtype, layout=P_LAYOUT)
-    done_max = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
-    done_sum = done_max
-    job, n_biased, n_plain, careful = _told(info, q_full.index(i_w), q_phase)
+    row_max = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
+    done_sum = row_max
+    mbarrier.wait(q_full.index(i_w), 0)
+    told = _read(info, 0, D == 64)
+    job = _number(told, 0)
     while job != -1:
+        done = _read(info, slot ^ 1, D == 64)
+        done_job, o_q, o_h, o_b = _number(done, 0), _number(done, 4), _number(done, 5), _number(done, 6)
+        n_biased, n_plain, careful = _number(told, 1), _number(told, 2), _number(told, 3)
+        i_q, i_h, i_b = _number(told, 4), _number(told, 5), _number(told, 6)
         q_op = _queries(
-            q, table, head_row, q_b, q_h, q_s, table_s, job, qb, heads, q_tile, i_w,
+            q, table, head_row, q_b, q_h, q_s, table_s, i_q, i_h, i_b, q_tile, i_w,
             D, DIM, GATHER and not FETCHED, ROWS, Q_LAYOUT,
         )  # fmt: skip
         if BIAS > 0:
             bits, bases, q_lo, q_hi = extras
-            lo, hi = bounds(q_lo, q_hi, gl.maximum(job, 0), qb, i_w, table_s, BIAS)
+            lo, hi = bounds(q_lo, q_hi, i_q, i_w, table_s, BIAS)
             bias = (bits, bases, lo, hi)
         else:
             bias = extras
-        acc, p, row_max, shares, stage, phase = first_tile(
-            acc, p, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2, S_LAYOUT, D, STAGES, FAST, BIAS
-        )
+        acc, s, stage, phase = first_start(
+            acc, p, q_op, k_bufs, v_bufs, bias, bars, stage, phase,
+            True if ZERO else _number(done, 1) + _number(done, 2) > 1, S_LAYOUT, D, STAGES, BIAS,
+        )  # fmt: skip
+        # While the two products run: whether the job before came out right.
         wrong = 0
         if FAST:
             # Weights and their sums within 2^-60 and 2^100: none has overflown, none that matters is lost.
             fine = (done_sum > 8.7e-19) & (done_sum < 1.2e30)
-            wrong = gl.max(gl.where(fine | (done_careful != 0), 0, 1), 0)
+            wrong = gl.max(gl.where(fine | (_number(done, 3) != 0), 0, 1), 0)
+        if HAS_LSE and not GATHER:
+            put_lse(
+                row_max, done_sum, lse + (o_b * heads + o_h) * table_s, table, table_s, o_q * 128 + i_w * 64,
+                (wrong == 0) & (done_job >= 0), False,
+            )  # fmt: skip
+        done_max = row_max
+        acc, p, row_max, shares = first_tile(
+            acc, p, s, bias, bars, stage, scale2, _number(told, 7), S_LAYOUT, FAST, BIAS
+        )
         if wrong != 0:
             LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-            failed.slice(i_w, 1).store(gl.full([1], 0, gl.int32, LINE) + done)
-        elif done >= 0:
+            failed.slice(i_w, 1).store(gl.full([1], 0, gl.int32, LINE) + done_job)
+        elif done_job >= 0:
+            if GATHER:
+                table_here = table + gl.load(head_row + o_h) * table_s
+            else:
+                table_here = table
             finish(
-                acc, done_max, done_sum, q_buf, desc_o, out, lse, table, head_row, table_s, done, qb, heads,
-                out_b * 8, out_h * 8, out_s * 8, i_w, D, DIM, GATHER, HAS_LSE, ROWS,
+                acc, inverse_sum(done_sum), q_buf, desc_o, out, table_here, table_s, o_q, o_h, o_b,
+                out_b * 8, out_h * 8, out_s * 8, i_w, D, DIM, GATHER, ROWS,
             )  # fmt: skip
-        acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
+            if HAS_LSE and GATHER:
+                put_lse(
+                    done_max, done_sum, lse + (o_b * heads + o_h) * table_s, table_here, table_s, o_q * 128 + i_w * 64,
+                    True, True,
+                )  # fmt: skip
+        if ZERO:
+            acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
         if not FAST:
             careful = 1
-        # The buffer of the queries is given back after two more tiles: nobody waits for the output to leave it.
+        # The buffer of the queries is given back after more tiles: nobody waits for the output to leave it.
         n_biased -= 1
-        if n_biased + n_plain < 2:
+        if n_biased + n_plain < 1 + RELEASE:
             release_queries(q_empty.index(i_w), GATHER)
         if FAST:
             if MORE_BIASED:
                 for t in range(gl.where(careful == 0, n_biased, 0)):
                     acc, p, shares, stage, phase = fast_step(
                         acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
-                        S_LAYOUT, D, STAGES, True, BIAS,
+                        True if ZERO else t > 0, S_LAYOUT, D, STAGES, True, BIAS,
                     )  # fmt: skip
-                    if t == 1:
+                    if t == RELEASE:
                         release_queries(q_empty.index(i_w), GATHER)
             for t in range(gl.where(careful == 0, n_plain, 0)):
                 acc, p, shares, stage, phase = fast_step(
                     acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
-                    S_LAYOUT, D, STAGES, False, BIAS,
+                    True if ZERO else t + n_biased > 0, S_LAYOUT, D, STAGES, False, BIAS,
                 )  # fmt: skip
-                if t + n_biased == 1:
+                if t + n_biased == RELEASE:
                     release_queries(q_empty.index(i_w), GATHER)
         if MORE_BIASED:
             for t in range(gl.where(careful != 0, n_biased, 0)):
                 acc, p, row_max, shares, stage, phase = step(
                     acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
-                    S_LAYOUT, D, STAGES, True, BIAS,
+                    True if ZERO else t > 0, S_LAYOUT, D, STAGES, True, BIAS,
                 )  # fmt: skip
-                if t == 1:
+                if t == RELEASE:
                     release_queries(q_empty.index(i_w), GATHER)
         for t in range(gl.where(careful != 0, n_plain, 0)):
             acc, p, row_max, shares, stage, phase = step(
                 acc, p, row_max, shares, q_op, k_bufs, v_bufs, bias, bars, stage, phase, scale2,
-                S_LAYOUT, D, STAGES, False, BIAS,
+                True if ZERO else t + n_biased > 0, S_LAYOUT, D, STAGES, False, BIAS,
             )  # fmt: skip
-            if t + n_biased == 1:
+            if t + n_biased == RELEASE:
                 release_queries(q_empty.index(i_w), GATHER)
-        done, done_careful, done_max, done_sum = job, careful, row_max, total(shares, S_LAYOUT)
-        q_phase ^= 1
-        job, n_biased, n_plain, careful = _told(info, q_full.index(i_w), q_phase)
+        done_sum = total(shares, S_LAYOUT)
+        slot ^= 1
+        mbarrier.wait(q_full.index(i_w), slot)
+        told = _read(info, slot, D == 64)
+        job = _number(told, 0)
     # The last job was one without a number: nothing of it may be on its way when the program ends.
     mbarrier.wait(bars[1].index(stage), phase)
 
@@ -183,6 +219,7 @@ def block_sparse_hopper_kernel(
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
     HAS_LSE: gl.constexpr, HAS_WINDOWS: gl.constexpr, FAST: gl.constexpr,
     FETCH: gl.constexpr, LATE_BIAS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    RELEASE: gl.constexpr = 1,
 ):  # fmt: skip
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -199,7 +236,7 @@ def block_sparse_hopper_kernel(
         extras = (key_bits, bases, q_lo, q_hi)
     else:
         extras = gl.allocate_shared_memory(gl.float32, [STAGES, 128], FLAT)
-    info = gl.allocate_shared_memory(gl.int32, [4], FLAT)
+    info = gl.allocate_shared_memory(gl.int32, [2, 8], FLAT)
     failed = gl.allocate_shared_memory(gl.int32, [2], FLAT)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -213,13 +250,14 @@ def block_sparse_hopper_kernel(
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+    info.index(1).store(gl.full([8], -2, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     failed.store(gl.full([2], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     fence_async_shared()
     bars = (k_full, v_full, empty)
     shared = (q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars)
     tokens = gl.allocate_shared_memory(gl.int32, [64 if FETCHED else 4], FLAT)
     consumer_args = (  # noqa: RUF005
-        desc_o, q, out, lse, table, head_row, scale2, qb, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
+        desc_o, q, out, lse, table, head_row, scale2, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
     ) + shared  # fmt: skip
     producer_args = (  # noqa: RUF005
         desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,
@@ -229,11 +267,11 @@ def block_sparse_hopper_kernel(
     ) + shared  # fmt: skip
     gl.warp_specialize(
         [
-            (_consumer, (consumer_args, 0, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST, BIAS, FETCHED)),
-            (_consumer, (consumer_args, 1, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST, BIAS, FETCHED)),
+            (_consumer, (consumer_args, 0, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST, BIAS, FETCHED, RELEASE)),
+            (_consumer, (consumer_args, 1, D, DIM, STAGES, MORE_BIASED, GATHER, HAS_LSE, FAST, BIAS, FETCHED, RELEASE)),
             (producer, (
                 producer_args, D, DIM, BLOCK_K, STAGES, EVEN_K, HAS_PARTIAL, HAS_POOLED, HAS_VALID, GATHER, FAST,
-                WINDOWS, FETCHED,
+                WINDOWS, FETCHED, RELEASE,
             )),
         ],
         [4, 1],

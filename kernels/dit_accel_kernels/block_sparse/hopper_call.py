@@ -74,7 +74,8 @@ def hopper_call(
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
     jobs = batch * heads * qb
     programs = min(jobs, multiprocessors(q.device), config.max_programs or jobs)
-    in_order = 0 if config.sorted_rounds else jobs
+    # The first jobs of all programs come in order: they need not wait for the kernel that sorts.
+    in_order = programs if config.sorted_rounds else jobs
     # The counter of jobs, the order in which they are done, and the chain of those that are repeated; all aligned alike
     # whatever their number, lest another kernel be compiled.
     space = [4, -(-(jobs - in_order) // 4) * 4, jobs]

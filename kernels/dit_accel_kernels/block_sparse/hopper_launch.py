@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._launch import launch
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
 from .hopper_call import QUERIES, hopper_call
@@ -16,16 +17,12 @@ from .hopper_specs import HopperConfig, hopper_config
 from .near import packed_windows
 
 __all__ = [
-    "ALLOW_WINDOWS",
     "block_sparse_hopper",
     "has_gluon",
     "reroute_reason",
     "run_hopper",
     "why_not_hopper",
 ]
-
-# Whether token windows are computed here: not before `scripts/stress_kernels.py` has passed with them on a GPU.
-ALLOW_WINDOWS = False
 
 
 def why_not_hopper(
@@ -79,8 +76,6 @@ def reroute_reason(
         windows: token windows of partial blocks.
         gathered: further keys in groups.
     """
-    if windows is not None and not ALLOW_WINDOWS:
-        return "token windows have not passed the stress test on a GPU (see ALLOW_WINDOWS)"
     if windows is not None and pooled is not None:
         return "token windows together with a pooled remainder are not supported"
     if windows is not None and packed_windows(windows, lists.block_k) is None:
@@ -175,7 +170,7 @@ def block_sparse_hopper(
     args = call.args | list_args(lists) | pooled_args(pooled) | _window_args(windows, pooled, lists)
     has_partial = lists.partial is not None
     with torch.cuda.device(q.device):
-        longest_first_kernel[(max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),)](
+        launch(longest_first_kernel, (max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),))(
             *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
             args["list_b"],
             args["list_h"],
@@ -183,13 +178,17 @@ def block_sparse_hopper(
             BLOCK=BLOCK,
             OTHERS=OTHERS,
             span=call.span,
+            PDL=True,
+            launch_pdl=True,
         )
-        block_sparse_hopper_kernel[(call.programs,)](
+        launch(block_sparse_hopper_kernel, (call.programs,))(
             **args,
             **call.constants,
             HAS_PARTIAL=has_partial,
             HAS_WINDOWS=windows is not None,
             FETCH=config.fetch,
+            RELEASE=0 if config.early_release else 1,
+            launch_pdl=True,
         )
     return call.out, call.lse
 

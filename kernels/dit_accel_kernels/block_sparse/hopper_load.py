@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .hopper_steps import next_stage, split_job
 from .hopper_windows import biased_tiles, key_bits
 
-__all__ = ["producer"]
+__all__ = ["describe", "producer"]
 
 
 @gluon.jit
@@ -23,6 +23,12 @@ def _program(anything):
     return gl.inline_asm_elementwise(
         "mov.u32 $0, %ctaid.x; // $1", "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _wait_for_order():
+    """Wait for the kernel that sorts the jobs and sets the counter to 0, beside which this one was started."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -180,6 +186,15 @@ def _fetch_queries(
 
 
 @gluon.jit
+def describe(job, n_biased, n_plain, careful, i_q, i_h, i_b, masked, WARPS: gl.constexpr = 1):
+    """What consumers are told about a job, ``[8]``, in this order."""
+    o = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    x = gl.where(o == 0, job, gl.where(o == 1, n_biased, gl.where(o == 2, n_plain, careful)))
+    x = gl.where(o == 4, i_q, gl.where(o == 5, i_h, x))
+    return gl.where(o == 6, i_b, gl.where(o == 7, masked, x))
+
+
+@gluon.jit
 def _announce(
     desc_q, q_bufs, info, q_full, job, n, n_full, careful, qb, kb, heads, PARTS: gl.constexpr, EVEN_K: gl.constexpr,
     HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, WINDOWS: gl.constexpr,
@@ -193,11 +208,13 @@ def _announce(
     n_plain = tiles - n_biased
     if HAS_POOLED:
         n_biased += gl.where(job < 0, 0, (kb + 127) // 128)
-    o = gl.arange(0, 4, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    x = gl.where(o == 2, n_plain, careful | (n == 0).to(gl.int32))
-    info.store(gl.where(o == 0, job, gl.where(o == 1, n_biased, x)))
-    gl.thread_barrier()
     i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
+    # Whether all keys of the first tile count: a whole block or two, the ragged one not among them.
+    masked = 1
+    if EVEN_K and not HAS_POOLED and not HAS_VALID:
+        masked = ((n == 0) | (n % PARTS != 0)).to(gl.int32)
+    info.store(describe(job, n_biased, n_plain, careful | (n == 0).to(gl.int32), i_q, i_h, i_b, masked))
+    gl.thread_barrier()
     for w in gl.static_range(2):
         if FETCHED:
             _fetch_queries(gather, q_bufs.index(w).reshape([64, D]), q_full.index(w), i_q, i_h, i_b, w, D, DIM)
@@ -212,7 +229,7 @@ def _announce(
 def producer(
     args, D: gl.constexpr, DIM: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
-    FAST: gl.constexpr, WINDOWS: gl.constexpr, FETCHED: gl.constexpr,
+    FAST: gl.constexpr, WINDOWS: gl.constexpr, FETCHED: gl.constexpr, RELEASE: gl.constexpr,
 ):  # fmt: skip
     """Take jobs until there are none, and fetch their queries and tiles."""
     (
@@ -232,7 +249,7 @@ def producer(
         row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
     )
     _announce(
-        desc_q, q_bufs, info, q_full, job, n, n_full, careful, qb, kb, heads,
+        desc_q, q_bufs, info.index(0), q_full, job, n, n_full, careful, qb, kb, heads,
         PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
     )  # fmt: skip
     first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
@@ -286,6 +303,7 @@ def producer(
             # The next job is claimed late: one that is claimed during a long job waits for its end, though others are
             # idle. Each of these three reads takes about as long as a tile.
             if t == gl.maximum(tiles - 5 - EARLY, 0):
+                _wait_for_order()
                 claim = _claim(counter)
             if t == gl.maximum(tiles - 3 - EARLY, 0):
                 number = programs + _claimed(claim)
@@ -293,7 +311,7 @@ def producer(
                     row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
                 )
             # Its queries follow once those of this job have left their buffer.
-            if t == gl.maximum(tiles - 2 - EARLY, gl.minimum(tiles - 1, STAGES + 1)):
+            if t == gl.maximum(tiles - 2 - EARLY, gl.minimum(tiles - 1, STAGES + RELEASE)):
                 for w in gl.static_range(2):
                     mbarrier.wait(q_empty.index(w), q_phase ^ 1)
                 q_phase ^= 1
@@ -312,7 +330,7 @@ def producer(
                         )
                         head = gl.load(again + head)
                 _announce(
-                    desc_q, q_bufs, info, q_full, next_job, next_n, next_full, careful, qb, kb, heads,
+                    desc_q, q_bufs, info.index(q_phase ^ 1), q_full, next_job, next_n, next_full, careful, qb, kb, heads,
                     PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
                 )  # fmt: skip
         job, begin, n_full, n = next_job, next_begin, next_full, next_n

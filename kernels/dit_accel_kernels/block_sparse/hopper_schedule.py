@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..aot_spec import AotSpec
 
@@ -33,13 +34,19 @@ def _length(full, partial, job, last, qb, heads, list_b, list_h, HAS_PARTIAL: tl
 @triton.jit(do_not_specialize=["first", "jobs", "qb", "heads", "list_b", "list_h", "span"])
 def longest_first_kernel(
     full, partial, order, counter, first, jobs, qb, heads, list_b, list_h,
-    HAS_PARTIAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, span=2147483647,
+    HAS_PARTIAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, PDL: tl.constexpr = False, span=2147483647,
 ):  # fmt: skip
     """Write the jobs from ``first`` on, by descending length of their lists within groups of ``span``; zero the counter.
+
+    With ``PDL`` it waits for what came before it and lets the kernel that uses the order start beside it: that one does its
+    first jobs without an order, and asks for no other before this kernel has ended.
 
     Groups are counted from the last job backwards; ties keep their order. The place of a job is the number of those
     before it, counted: a group has some hundred.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     i_chunk = tl.program_id(0)
     low = first + i_chunk * BLOCK
     job = low + tl.arange(0, BLOCK)

@@ -24,6 +24,7 @@ class HopperConfig:
         max_programs: at most this many programs, for tests; each then does more query blocks.
         consumer_regs: registers of a thread of either consumer; the three groups of warps share 504 a lane.
         producer_regs: registers of a thread of the producer.
+        early_release: the buffer of the queries is given back one tile after the output has been put there; otherwise two.
     """
 
     stages: int
@@ -34,12 +35,13 @@ class HopperConfig:
     max_programs: int | None = None
     consumer_regs: int = 240
     producer_regs: int = 24
+    early_release: bool = True
 
 
 def hopper_config(head_dim: int) -> HopperConfig:
     """The shape for a head size of up to 128: the deepest ring that fits, and groups whose keys stay in the L2 cache."""
     parts = 128 // padded(head_dim)
-    return HopperConfig(stages=3 * parts, sorted_rounds=4 * parts)
+    return HopperConfig(stages=3 * parts, sorted_rounds=4 * parts, early_release=parts == 1)
 
 
 def padded(head_dim: int) -> int:
@@ -57,8 +59,8 @@ def tile_layout() -> str:
 
 # What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper_aot).
 # The producer has 24 registers and asks for the queries of an order; loops with windows reload two words a tile.
-_SPILLS = {64: 60, 128: 280}
-_MORE_SPILLS = {"GATHER": 120, "HAS_WINDOWS": 220}
+_SPILLS = {64: 16, 128: 150}
+_MORE_SPILLS = {"GATHER": 175, "HAS_WINDOWS": 40}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
     "lse": "*fp32",
@@ -112,6 +114,7 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         "PRODUCER_REGS": config.producer_regs,
         "FETCH": config.fetch,
         "LATE_BIAS": config.late_bias,
+        "RELEASE": 0 if config.early_release else 1,
     }
     values |= dict.fromkeys(_OPTIONAL, False)
     values |= flags
@@ -145,7 +148,7 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         fn=kernel,
         signature=signature,
         constexprs=values,
-        options={"num_warps": 4},
+        options={"num_warps": 4, "launch_pdl": True},
         targets=("sm_90",),
         max_spill_bytes=_SPILLS[d] + sum(more for flag, more in _MORE_SPILLS.items() if values[flag]),
         gluon=True,

@@ -17,9 +17,12 @@ from .hopper_windows import hide, row_bits
 __all__ = [
     "fast_step",
     "finish",
+    "first_start",
     "first_tile",
     "gather_rows",
+    "inverse_sum",
     "next_stage",
+    "put_lse",
     "release_queries",
     "split_job",
     "step",
@@ -105,9 +108,10 @@ def _logits(s, extras, stage, S_LAYOUT: gl.constexpr, BIAS: gl.constexpr):
 
 
 @gluon.jit
-def _start_values(acc, p, v_bufs, bars, stage, phase, D: gl.constexpr):
+def _start_values(acc, p, v_bufs, bars, stage, phase, more, D: gl.constexpr):
+    """Begin the product with the values at ``(stage, phase)``, on top of ``acc`` if there is ``more`` in it."""
     mbarrier.wait(bars[1].index(stage), phase)
-    return warpgroup_mma(p, v_bufs.index(stage).reshape([128, D]), acc, is_async=True)
+    return warpgroup_mma(p, v_bufs.index(stage).reshape([128, D]), acc, use_acc=more, is_async=True)
 
 
 @gluon.jit
@@ -132,38 +136,50 @@ def _wait_values(acc, p, new_p, shares):
 
 
 @gluon.jit
-def first_tile(
-    acc, p, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
-    S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FAST: gl.constexpr,
-    BIAS: gl.constexpr = 0,
+def first_start(
+    acc, p, q_op, k_bufs, v_bufs, extras, bars, stage, phase, more,
+    S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr = 0,
 ):  # fmt: skip
-    """Weights, maximum and sums of the first tile of a job, while the last values of the job before are added."""
+    """Begin the product with the first keys of a job and that with the last values of the job before."""
     after, after_phase = next_stage(stage, phase, STAGES)
     s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIAS == 0)
-    acc = _start_values(acc, p, v_bufs, bars, stage, phase, D)
-    s = _logits(s, extras, after, S_LAYOUT, BIAS)
+    acc = _start_values(acc, p, v_bufs, bars, stage, phase, more, D)
+    return acc, s, after, after_phase
+
+
+@gluon.jit
+def first_tile(
+    acc, p, s, extras, bars, stage, scale2, masked, S_LAYOUT: gl.constexpr, FAST: gl.constexpr, BIAS: gl.constexpr = 0,
+):  # fmt: skip
+    """Weights, maximum and sums of the first tile of a job, while the last values of the job before are added."""
+    if BIAS == -1:
+        s = warpgroup_mma_wait(1, deps=[s])
+        if masked != 0:
+            s = s + gl.expand_dims(extras.index(stage).load(gl.SliceLayout(0, S_LAYOUT)), 0)
+    else:
+        s = _logits(s, extras, stage, S_LAYOUT, BIAS)
     row_max = gl.maximum(gl.max(s, 1) * scale2, -1.0e30)
     weights = gl.exp2(s * scale2 - gl.expand_dims(row_max, 1))
     shares = _shares(weights)
     new_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     acc, p, new_p, shares = _wait_values(acc, p, new_p, shares)
-    release(bars[2].index(after))
+    release(bars[2].index(stage))
     if FAST:
         # No key of this tile counts for the row: the weights of the others are relative to 0.
         row_max = gl.where(row_max == -1.0e30, 0.0, row_max)
-    return acc, new_p, row_max, shares, after, after_phase
+    return acc, new_p, row_max, shares
 
 
 @gluon.jit
 def fast_step(
-    acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
+    acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2, more,
     S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BIASED: gl.constexpr,
     BIAS: gl.constexpr = 0,
 ):  # fmt: skip
     """Like :func:`step`, but weights stay relative to ``row_max``: no maximum, nothing to rescale."""
     after, after_phase = next_stage(stage, phase, STAGES)
     s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIASED and BIAS == 0)
-    acc = _start_values(acc, p, v_bufs, bars, stage, phase, D)
+    acc = _start_values(acc, p, v_bufs, bars, stage, phase, more, D)
     s = _logits(s, extras, after, S_LAYOUT, BIAS if BIASED else 0)
     weights = gl.exp2(s * scale2 - gl.expand_dims(row_max, 1))
     shares += _shares(weights)
@@ -175,14 +191,14 @@ def fast_step(
 
 @gluon.jit
 def step(
-    acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2,
+    acc, p, row_max, shares, q_op, k_bufs, v_bufs, extras, bars, stage, phase, scale2, more,
     S_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BIASED: gl.constexpr,
     BIAS: gl.constexpr = 0,
 ):  # fmt: skip
     """Add the values of the tile at ``(stage, phase)`` and turn the logits of the next one into weights."""
     after, after_phase = next_stage(stage, phase, STAGES)
     s = _start_logits(q_op, k_bufs, extras, bars, after, after_phase, S_LAYOUT, D, BIASED and BIAS == 0)
-    acc = _start_values(acc, p, v_bufs, bars, stage, phase, D)
+    acc = _start_values(acc, p, v_bufs, bars, stage, phase, more, D)
     s = _logits(s, extras, after, S_LAYOUT, BIAS if BIASED else 0)
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale2)
     weights = gl.exp2(s * scale2 - gl.expand_dims(new_max, 1))
@@ -214,23 +230,17 @@ def gather_rows(x, table, x_s, table_s, start, q_tile, D: gl.constexpr, DIM: gl.
 
 @gluon.jit
 def finish(
-    acc, row_max, row_sum, q_buf, desc_o, out, lse, table, head_row, table_s, job, qb, heads, out_b, out_h, out_s, i_w,
-    D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, HAS_LSE: gl.constexpr, ROWS: gl.constexpr,
+    acc, inverse, q_buf, desc_o, out, table, table_s, i_q, i_h, i_b, out_b, out_h, out_s, i_w,
+    D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Normalise and write 64 rows of the output, through the buffer of the queries, and their log-sum-exp.
+    """Normalise and write 64 rows of the output through the buffer of the queries.
 
     Without an order the buffer is still being read afterwards, until ``tma.store_wait(0)``.
     """
-    S_ROW: gl.constexpr = row_sum.type.layout
-    i_q, i_h, i_b = split_job(job, qb, heads)
     q_tile = q_buf.reshape([64, D])
-    empty = row_sum == 0.0
-    safe = gl.where(empty, 1.0, row_sum)
-    inverse = gl.convert_layout(gl.where(empty, 0.0, 1.0 / safe), gl.SliceLayout(1, acc.type.layout))
+    inverse = gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))
     start = i_q * 128 + i_w * 64
-    # Read and compared (as int64) again: what is kept over the loops costs registers.
-    if GATHER:
-        table += gl.load(head_row + i_h) * table_s
+    # Compared (as int64) again: what is kept over the loops costs registers.
     q_tile.store((acc * gl.expand_dims(inverse, 1)).to(q_tile.dtype))
     if GATHER:
         gl.thread_barrier()
@@ -247,10 +257,31 @@ def finish(
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(desc_o, [i_b, i_h, start, 0], q_buf)
-    if HAS_LSE:
-        o_m = start + gl.arange(0, 64, layout=S_ROW)
-        value = gl.where(empty, float("-inf"), (row_max + gl.log2(safe)) * 0.6931471805599453)
-        token = o_m.to(gl.int64)
-        if GATHER:
-            token = gl.load(table + o_m, mask=o_m.to(gl.int64) < table_s, other=0).to(gl.int64)
-        gl.store(lse + (i_b * heads + i_h) * table_s + token, value, mask=o_m.to(gl.int64) < table_s)
+
+
+@gluon.jit
+def _approximate(NAME: gl.constexpr, x):
+    """``rcp`` or ``lg2`` of normal numbers, to one or two units in the last place, in one instruction."""
+    return gl.inline_asm_elementwise(
+        NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def inverse_sum(row_sum):
+    """What normalises rows with these sums of weights."""
+    empty = row_sum == 0.0
+    return gl.where(empty, 0.0, _approximate("rcp", gl.where(empty, 1.0, row_sum)))
+
+
+@gluon.jit
+def put_lse(row_max, row_sum, lse, table, table_s, start, there, GATHER: gl.constexpr):
+    """Write the log-sum-exp of 64 rows if they are ``there``."""
+    empty = row_sum == 0.0
+    o_m = start + gl.arange(0, 64, layout=row_sum.type.layout)
+    log = row_max + _approximate("lg2", gl.where(empty, 1.0, row_sum))
+    there = (o_m.to(gl.int64) < table_s) & there
+    token = o_m.to(gl.int64)
+    if GATHER:
+        token = gl.load(table + o_m, mask=there, other=0).to(gl.int64)
+    gl.store(lse + token, gl.where(empty, float("-inf"), log * 0.6931471805599453), mask=there)

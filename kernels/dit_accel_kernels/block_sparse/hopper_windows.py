@@ -51,11 +51,11 @@ def key_bits(k_bits, k_base, token, here, one, two, o_k, n, n_full, first, t, kb
 
 
 @gluon.jit
-def bounds(q_lo, q_hi, job, qb, i_w, sq, PARTS: gl.constexpr):
+def bounds(q_lo, q_hi, i_q, i_w, sq, PARTS: gl.constexpr):
     """Packed bounds of the windows of a consumer's 64 rows, once for each block of a tile."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row = gl.arange(0, 64 * PARTS, layout=LAYOUT) % 64
-    o_q = job % qb * 128 + i_w * 64 + row
+    o_q = i_q * 128 + i_w * 64 + row
     there = o_q.to(gl.int64) < sq
     return gl.load(q_lo + o_q, mask=there, other=0), gl.load(q_hi + o_q, mask=there, other=0)
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from .._common import split_head_dim
-from .._launch import describe
+from .._launch import describe, launch
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import gathered_args, list_args, pooled_args
 from .configs import TileConfig, gather_tile, tile_config
@@ -99,7 +99,7 @@ def block_sparse_triton(
         args |= _tiles(name, tensor, config.block_n, (d0, d1) if use_tma else None)
     grid = (-(-sq // config.block_m), heads, batch)
     with _on(q.device):
-        block_sparse_fwd_kernel[grid](
+        launch(block_sparse_fwd_kernel, grid)(
             **args,
             sq=sq,
             sk=sk,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import blocks, next_power_of_2
+from .._launch import launch
 from ..aot_spec import AotSpec
 from ..stats.triton import valid_counts
 
@@ -88,7 +89,7 @@ def permute_triton(x: Tensor, table: Tensor, head: Tensor, inverse: bool) -> Ten
     batch, heads, tokens, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        permute_kernel[(blocks(tokens, _ROWS), heads, batch)](
+        launch(permute_kernel, (blocks(tokens, _ROWS), heads, batch))(
             x, table.contiguous(), head.contiguous(), out, tokens, *x.stride()[:3],
             DIM=dim, WIDTH=next_power_of_2(dim), ROWS=_ROWS, INVERSE=inverse, num_warps=4,
         )  # fmt: skip
@@ -105,7 +106,7 @@ def permute_and_pool_triton(
     means = (batch, heads, count, dim)
     mean_k, mean_v = (torch.empty(means, dtype=k.dtype, device=k.device) for _ in range(2))
     with torch.cuda.device_of(k):
-        permute_and_pool_kernel[(count, heads, batch)](
+        launch(permute_and_pool_kernel, (count, heads, batch))(
             k, v, table.contiguous(), head.contiguous(),
             k if key_valid is None else key_valid.contiguous().view(torch.uint8),
             out_k, out_v, mean_k, mean_v, tokens, count, *k.stride()[:3], *v.stride()[:3], tokens,

@@ -51,7 +51,7 @@ def gathered_hopper_kernel(
     v_bufs = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, 128, D], desc_k.layout)
     extras = gl.allocate_shared_memory(gl.float32, [STAGES, 128], FLAT)
     rows = gl.allocate_shared_memory(gl.int32, [128], FLAT)
-    info = gl.allocate_shared_memory(gl.int32, [4], FLAT)
+    info = gl.allocate_shared_memory(gl.int32, [2, 8], FLAT)
     failed = gl.allocate_shared_memory(gl.int32, [2], FLAT)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -65,12 +65,13 @@ def gathered_hopper_kernel(
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+    info.index(1).store(gl.full([8], -2, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     failed.store(gl.full([2], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     fence_async_shared()
     bars = (k_full, v_full, empty)
     shared = (q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars)
     consumer_args = (  # noqa: RUF005
-        desc_o, q, out, lse, table, head_row, scale2, qb, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
+        desc_o, q, out, lse, table, head_row, scale2, heads, table_s, q_b, q_h, q_s, out_b, out_h, out_s,
     ) + shared  # fmt: skip
     producer_args = (  # noqa: RUF005
         desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,

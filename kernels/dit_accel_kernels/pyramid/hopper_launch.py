@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._launch import launch
 from ..block_sparse.arguments import gathered_args, list_args, pooled_args
 from ..block_sparse.hopper_call import hopper_call, in_units
 from ..block_sparse.hopper_launch import reroute_reason
@@ -134,7 +135,7 @@ def gathered_hopper(
     del args["more_v_s"]  # the same
     with torch.cuda.device(q.device):
         _sort(_lengths(lists, gathered), args, call.span)
-        gathered_hopper_kernel[(call.programs,)](
+        launch(gathered_hopper_kernel, (call.programs,))(
             **args,
             **call.constants,
             HAS_PARTIAL=lists.partial is not None,
@@ -155,7 +156,7 @@ def _sort(length: Tensor, args: dict[str, Any], span: int) -> None:
     from ..block_sparse.hopper_schedule import BLOCK, OTHERS, longest_first_kernel
 
     steps = [step if size > 1 else 0 for size, step in zip(length.shape[:2], length.stride())]
-    longest_first_kernel[(max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),)](
+    launch(longest_first_kernel, (max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),))(
         length,
         None,
         *(args[name] for name in ("order", "counter", "in_order", "jobs", "qb", "heads")),

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from ..block_sparse.hopper_load import _blocks, _copy, _first, _program, _read_row
+from ..block_sparse.hopper_load import _blocks, _copy, _first, _program, _read_row, describe
 from ..block_sparse.hopper_steps import next_stage, split_job
 
 __all__ = ["producer"]
@@ -199,11 +199,10 @@ def _announce(
     n_plain += n_even
     if HAS_POOLED:
         n_biased += gl.where(job < 0, 0, (kb + 127) // 128)
-    o = gl.arange(0, 4, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    x = gl.where(o == 2, n_plain, careful | ((n == 0) & (n_more == 0)).to(gl.int32))
-    info.store(gl.where(o == 0, job, gl.where(o == 1, n_biased, x)))
-    gl.thread_barrier()
     i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
+    careful |= ((n == 0) & (n_more == 0)).to(gl.int32)
+    info.store(describe(job, n_biased, n_plain, careful, i_q, i_h, i_b, 1, 4))
+    gl.thread_barrier()
     for w in gl.static_range(2):
         if GATHER:
             mbarrier.arrive(q_full.index(w), count=1)
@@ -237,13 +236,18 @@ def producer(
     )
     more_begin, n_more = _read_more(more_start, more_count, job, qb, heads, more_list_b, more_list_h, GROUP)
     _announce(
-        desc_q, q_bufs, info, q_full, job, n, n_more, even, careful, qb, kb, heads, PARTS, HAS_POOLED, HAS_VALID, GATHER
+        desc_q, q_bufs, info.index(0), q_full, job, n, n_more, even, careful, qb, kb, heads,
+        PARTS, HAS_POOLED, HAS_VALID, GATHER,
     )  # fmt: skip
     first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
     one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)
-    claim = _claim(counter)
+    claim = gl.full([128], 0, gl.int32, layout=LINE)
     while job != -1:
         i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
+        tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
+        # The next job is claimed late, see the producer without gathered keys; short lists leave no time for that.
+        if tiles <= 5:
+            claim = _claim(counter)
         w_b, w_h = i_b.to(gl.int64), i_h.to(gl.int64)
         at_k = more_k + (w_b * more_k_b + w_h * more_k_h) * 8
         at_v = more_v + (w_b * more_v_b + w_h * more_v_h) * 8
@@ -270,7 +274,6 @@ def producer(
         number, next_job, next_begin, next_full, next_n = jobs, 0, 0, 0, 0
         next_more_begin, next_n_more = 0, 0
         next_one, next_two = kb, kb
-        tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
         for t in range(tiles):
             extra = gl.full([128], 0.0, gl.float32, layout=LINE)
             if HAS_VALID or t == 0:
@@ -292,18 +295,18 @@ def producer(
                     at_k, at_v, at_bias, more_ids, n_more, 0, n_even, se, more_s, inv_scale, rows,
                     k_bufs, v_bufs, extras, bars, stage, phase, D, DIM, STAGES, GROUP,
                 )  # fmt: skip
-            if t == 0:
-                # The next job was claimed one job ago; its lists are asked for now, so that nobody waits for them.
-                number = programs + gl.sum(claim, 0)
+            if (tiles > 5) & (t == tiles - 5):
                 claim = _claim(counter)
+            if t == gl.maximum(tiles - 3, 0):
+                number = programs + gl.sum(claim, 0)
                 next_job, next_begin, next_full, next_n = _read_row(
                     row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
                 )
                 next_more_begin, next_n_more = _read_more(
                     more_start, more_count, next_job, qb, heads, more_list_b, more_list_h, GROUP
                 )
-            # Its queries follow once those of this job have left their buffer, or when there is nothing else to do.
-            if t == gl.minimum(tiles - 1, STAGES + 1):
+            # Its queries follow once those of this job have left their buffer.
+            if t == gl.maximum(tiles - 2, gl.minimum(tiles - 1, STAGES + 1)):
                 for w in gl.static_range(2):
                     mbarrier.wait(q_empty.index(w), q_phase ^ 1)
                 gl.thread_barrier()
@@ -326,8 +329,8 @@ def producer(
                         )
                         head = gl.load(again + head)
                 _announce(
-                    desc_q, q_bufs, info, q_full, next_job, next_n, next_n_more, even, careful, qb, kb, heads,
-                    PARTS, HAS_POOLED, HAS_VALID, GATHER,
+                    desc_q, q_bufs, info.index(q_phase ^ 1), q_full, next_job, next_n, next_n_more, even, careful, qb, kb,
+                    heads, PARTS, HAS_POOLED, HAS_VALID, GATHER,
                 )  # fmt: skip
         job, begin, n_full, n = next_job, next_begin, next_full, next_n
         more_begin, n_more = next_more_begin, next_n_more

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import blocks
+from .._launch import launch
 from ..aot_spec import AotSpec
 from ..stats.triton import valid_counts
 
@@ -68,7 +69,7 @@ def pyramid_triton(
         for x in (k, v):
             pooled = torch.empty(batch, heads, extra, dim, dtype=x.dtype, device=x.device)
             rows = max(_TOKENS, *levels)
-            pyramid_kernel[(blocks(padded, rows), heads, batch)](
+            launch(pyramid_kernel, (blocks(padded, rows), heads, batch))(
                 x, x if key_valid is None else key_valid.contiguous().view(torch.uint8), pooled,
                 tokens, padded, extra, *x.stride()[:3], tokens,
                 LEVELS=tuple(levels), DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=rows,
@@ -120,7 +121,7 @@ def pyramid_rows_triton(level_map: Tensor, levels: list[int]) -> tuple[Tensor, T
     count = torch.empty(level_map.shape[:3], dtype=torch.int32, device=level_map.device)
     indices = torch.empty(count.numel() * capacity, dtype=torch.int32, device=level_map.device)
     with torch.cuda.device_of(level_map):
-        pyramid_rows_kernel[(count.numel(),)](
+        launch(pyramid_rows_kernel, (count.numel(),))(
             level_map.contiguous(), count, indices, kb, capacity,
             LEVELS=tuple(levels), TOP=top, BLOCK=_BLOCKS_OF_A_ROW, num_warps=4,
         )  # fmt: skip

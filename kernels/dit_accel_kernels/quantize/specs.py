@@ -1,83 +1,98 @@
-"""Configurations of the quantiser's kernels that are compiled ahead of time. Imports no triton."""
+"""Configurations of the quantiser's kernels that are compiled ahead of time, and its tiles. Imports no triton."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..aot_spec import ALL_TARGETS, AotSpec
+from ..aot_spec import AotSpec
 from .types import LIMITS
 
-__all__ = ["aot_specs"]
+__all__ = ["aot_specs", "tiles"]
 
-_TARGETS = (*ALL_TARGETS, "sm_120")
+_BY_HAND = ("sm_90", "sm_100", "sm_120")  # these have the instructions of ``ASM``
+_OTHERS = ("sm_80", "sm_89", "gfx942")
 _NO_FP8 = ("sm_80", "gfx942")
+_POINTERS = {
+    **dict.fromkeys("qkv", "*bf16"),
+    **dict.fromkeys(("q_table", "q_head", "k_table", "k_head", "flags", "v_out"), "*i32"),
+    **dict.fromkeys(("q_scale", "k_scale", "v_scale", "mean", "tops"), "*fp32"),
+    **dict.fromkeys(("divisors", "sums"), "*fp64"),
+    "valid": "*u8",
+}
+_CODES = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
+_UNALIGNED = ("flags", "tops")
+# What a thread may spill, by columns: a tile of 128 keys of 256 columns is more than its registers hold.
+_SPILLS = {64: 0, 128: 0, 256: 64}
 
 
-def aot_specs(rows: Any, stats: Any, values: Any) -> list[AotSpec]:
-    """List the configurations of the three kernels that stand for all that users meet."""
-    # Format, rotation, queries or keys, rows of a program, columns.
+def tiles(width: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tokens that a program of each launch does at a time, and its warps, for codes of ``width`` columns.
+
+    ``Q_TILE`` queries; statistics of ``CHUNK`` keys or values, ``PART`` of them at once; ``V_TILE`` values.
+    """
+    many = max(1, width // 128)
+    first = {"Q_TILE": 64, "CHUNK": 512, "PART": 8 * 128 // min(width, 128), "num_warps": 4 * many}
+    return first, {"V_TILE": 128, "num_warps": 8 * many}
+
+
+def aot_specs(queries: Any, keys: Any, clear: Any) -> list[AotSpec]:
+    """List the configurations that stand for all that users meet."""
+    # Formats, rotation, order and padding, tokens of a key block, columns.
     cases = (
-        ("int8", False, "q", 64, 128),
-        ("int8", False, "k", 128, 128),
-        ("int8", True, "k", 128, 128),
-        ("fp8", False, "q", 64, 128),
-        ("fp8", True, "k", 64, 64),
-        ("int4", True, "q", 64, 128),
-        ("int4", False, "k", 128, 256),
+        ("int8", "fp8", False, False, 128, 128),
+        ("fp8", "fp8", False, True, 128, 128),  # without smoothing
+        ("int8", "fp8", True, True, 64, 128),
+        ("fp8", "fp8", False, False, 128, 128),
+        ("fp8", "fp8", True, True, 64, 64),
+        ("int8", "bf16", False, True, 128, 64),
+        ("int8", "int8", False, True, 128, 128),
+        ("int4", "bf16", True, True, 128, 128),
+        ("int4", "int8", False, False, 128, 256),
     )
-    specs = [_row_spec(rows, *case) for case in cases]
-    specs += [_stats_spec(stats), _value_spec(values, "int8"), _value_spec(values, "fp8")]
-    return specs
+    signature = {"x": "*i64", "count": "i32", "BLOCK": "constexpr"}
+    zeros = AotSpec("quantize/clear", clear, signature, {"BLOCK": 1024}, {"num_warps": 4})
+    return [
+        zeros,
+        *(
+            _spec(name, kernel, i, *case, targets)
+            for i, (name, kernel) in enumerate((("queries", queries), ("keys", keys)))
+            for case in cases
+            for targets in (_BY_HAND, _OTHERS)
+        ),
+    ]
 
 
 def _spec(
-    name: str, fn: Any, types: dict[str, str], constants: dict[str, Any], warps: int, targets: tuple[str, ...]
-) -> AotSpec:
-    signature, values = {}, dict(constants)
-    for argument in fn.arg_names:
-        signature[argument] = types.get(argument, "constexpr")
-        if argument not in types:
-            values.setdefault(argument, None)
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n.startswith(("stride_", "k_", "v_"))]
-    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
-    return AotSpec(name, fn, signature, values, options, targets, divisible_by_16=tuple(aligned))
-
-
-def _targets(kind: str) -> tuple[str, ...]:
-    return tuple(t for t in _TARGETS if kind != "fp8" or t not in _NO_FP8)
-
-
-def _pointer(kind: str) -> str:
-    return {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}[kind]
-
-
-def _row_spec(fn: Any, kind: str, rotate: bool, label: str, block: int, dim: int) -> AotSpec:
-    keys = label == "k"
-    types = {"x": "*bf16", "table": "*i32", "head_row": "*i32", "out": _pointer(kind), "scale": "*fp32"}
-    types |= dict.fromkeys(("tokens", "count", "stride_b", "stride_h", "stride_s"), "i32")
-    if keys:
-        types |= {"valid": "*u8", "mean": "*fp32"}
-    size = dim if rotate else 1
-    constants = {"DIM": dim, "WIDTH": dim, "ROWS": block, "BLOCK": block, "KIND": kind, "LIMIT": LIMITS[kind]}
-    constants |= {"STEPS": size.bit_length() - 1, "NORM": size**-0.5, "PER_TOKEN": not keys, "HAS_ORDER": True}
-    constants |= {"HAS_VALID": keys, "HAS_MEAN": keys}
-    name = f"quantize/{label}/{kind}{'/rotated' if rotate else ''}/d{dim}/block{block}"
-    return _spec(name, fn, types, constants, max(4, min(16, block * dim // 2048)), _targets(kind))
-
-
-def _stats_spec(fn: Any) -> AotSpec:
-    types = {"k": "*bf16", "v": "*bf16", "table": "*i32", "head_row": "*i32", "valid": "*u8"}
-    types |= {"sums": "*fp64", "tops": "*fp32"}
-    types |= dict.fromkeys(("tokens", "chunks", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s"), "i32")
-    constants = {"DIM": 128, "WIDTH": 128, "ROWS": 16, "CHUNK": 512, "HAS_ORDER": True, "HAS_VALID": True}
-    constants |= {"HAS_SUMS": True, "HAS_TOPS": True}
-    return _spec("quantize/stats/d128", fn, types, constants, 4, _TARGETS)
-
-
-def _value_spec(fn: Any, kind: str) -> AotSpec:
-    types = {"v": "*bf16", "table": "*i32", "head_row": "*i32", "valid": "*u8", "inverse": "*fp32"}
-    types |= {"out": _pointer(kind)}
-    types |= dict.fromkeys(("tokens", "columns", "stride_b", "stride_h", "stride_s"), "i32")
-    constants: dict[str, Any] = {"DIM": 128, "WIDTH": 128, "ROWS": 128, "KIND": kind, "LIMIT": LIMITS[kind]}
-    constants |= {"HAS_ORDER": True, "HAS_VALID": True}
-    return _spec(f"quantize/v/{kind}/d128", fn, types, constants, 8, _targets(kind))
+    label: str, fn: Any, launch: int, kind: str, pv: str, rotate: bool, moved: bool, block: int, dim: int,
+    targets: tuple[str, ...],
+) -> AotSpec:  # fmt: skip
+    size, has_values = dim & -dim if rotate else 1, pv != "bf16"
+    smooth = (kind, rotate, moved) != ("fp8", False, True)
+    tile = tiles(dim)[launch]
+    options: dict[str, Any] = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
+    values: dict[str, Any] = {"DIM": dim, "WIDTH": dim, "BLOCK": block, "ROWS": block, "KIND": kind}
+    values |= {"LIMIT": LIMITS[kind], "V_KIND": pv, "V_LIMIT": LIMITS.get(pv, 0.0)}
+    values |= {"STEPS": min(size, 128).bit_length() - 1, "NORM": size**-0.5, "HAS_MEAN": smooth}
+    values |= {"HAS_Q_ORDER": moved, "HAS_ORDER": moved, "HAS_VALID": moved, "HAS_VALUES": has_values}
+    values |= tile | {"ASM": targets is _BY_HAND}
+    types = dict(_POINTERS) | {"q_out": _CODES[kind], "k_out": _CODES[kind]}
+    absent: tuple[str, ...] = () if moved else ("q_table", "q_head", "k_table", "k_head", "valid", "divisors")
+    absent += () if has_values else ("v_out", "v_scale")
+    absent += () if smooth else ("mean",)
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    for name in fn.arg_names:
+        if name in absent:
+            signature[name], constants[name] = "constexpr", None
+        elif name in values:
+            signature[name], constants[name] = "constexpr", values[name]
+        else:
+            signature[name] = types.get(name, "i32")
+    strides = tuple(f"{x}_{axis}" for x in "qkv" for axis in "bhs")
+    aligned = [n for n, kind in signature.items() if (kind[0] == "*" or n in strides) and n not in _UNALIGNED]
+    chosen = tuple(t for t in targets if "fp8" not in (kind, pv) or t not in _NO_FP8)
+    flags = f"{'/rotated' * rotate}{'/moved' * moved}"
+    name = f"quantize/{label}/{kind}/{pv}{flags}/d{dim}/block{block}{'/asm' * values['ASM']}"
+    return AotSpec(
+        name, fn, signature, constants, options, chosen, max_spill_bytes=_SPILLS[dim], divisible_by_16=tuple(aligned)
+    )

@@ -3,9 +3,9 @@
 Jobs, tiles and roles are those of :mod:`dit_accel_kernels.block_sparse.hopper`, which says what they mean. What differs:
 
 - Queries and keys are INT8 or e4m3, so a tile of keys is half as large. Each consumer copies its queries into memory of its
-  own and gives the buffer back at once. Values are 16-bit as they were, or e4m3 transposed (8-bit operands must have their
-  keys side by side) with the keys within each group of 16 in the order in which a thread of the accumulator holds its
-  weights.
+  own, with e4m3 values into registers, and gives the buffer back at once. Values are 16-bit as they were, or e4m3
+  transposed (8-bit operands must have their keys side by side) with the keys within each group of 16 in the order in which
+  a thread of the accumulator holds its weights.
 - A tile is two halves of 64 keys with a scale each. A logit is one multiply-add away from the product:
   ``product * (scale of the row * scale of the half) - base of the row``.
 - ``base`` is the maximum of the first tile, with e4m3 weights less ``HEADROOM`` (in units of log 2). Weights can leave the

@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -23,12 +22,12 @@ from .hopper8_weights import (
     halves,
     load_scales,
     logits,
-    note_sums,
     operand,
     start_logits,
     sums_of_codes,
-    too_large,
     total,
+    vote_on_sums,
+    voted,
 )
 
 __all__ = ["consumer8"]
@@ -42,7 +41,7 @@ def _products(
     """Add the values of one tile and multiply the queries with the keys of the next."""
     after, after_phase = next_stage(stage, phase, STAGES)
     WIDE: gl.constexpr = acc.type.layout
-    a0, a1 = operand(p0, zero, WIDE), operand(p1, zero, WIDE)
+    a0, a1 = operand(p0, WIDE), operand(p1, WIDE)
     mbarrier.wait(bars[0].index(after), after_phase)
     if TURNS:
         after = wait_turn(after, I_W)
@@ -95,8 +94,8 @@ def _step(
     f0, f1 = q_factor * scale0, q_factor * scale1
     s0, s1 = halves(s, HALF)
     p0, p1 = codes_of(s0, f0, base, LINES), codes_of(s1, f1, base, LINES)
-    sums = note_sums(sums_of_codes(p0, p1), limit, I_W)
-    if too_large(stage, I_W) != 0:
+    sums = vote_on_sums(sums_of_codes(p0, p1), limit, I_W)
+    if voted(stage, I_W) != 0:
         x0, x1 = logits(s0, f0), logits(s1, f1)
         new_base = gl.maximum(base, gl.maximum(gl.max(x0, 1), gl.max(x1, 1)) - HEADROOM)
         shrink = gl.exp2(base - new_base)
@@ -116,16 +115,14 @@ def consumer8(
     """Do 64 rows of each job of the program; weights and values are e4m3."""
     (
         desc_o, out, lse, v_scale, table, head_row, scale2, limit, zero, qb, heads, sq, out_b, out_h, out_s,
-        q_bufs, q_own, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
+        q_bufs, _q_own, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
     ) = args  # fmt: skip
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     WHOLE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, HALF)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    COPY: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     q_tile = q_bufs.index(I_W).reshape([64, D])
-    own = q_own.index(I_W).reshape([64, D])
     row_scales = q_scales.slice(I_W * 64, 64)
     # As if a job without a number had come before: its weights are 0, its values are what the memory holds.
     stage, phase, q_phase, done = STAGES - 1, 1, 0, -2
@@ -140,12 +137,11 @@ def consumer8(
         job = give_first_turn(job)
     while job != -1:
         q_factor = row_scales.load(ROW) * scale2
-        # The buffer in which the queries come is soon that of the next job.
-        own.store(q_tile.load(COPY))
-        fence_async_shared()
+        # In registers, though a product could read them from shared memory: that takes power, and power is the limit.
+        q_op = q_tile.load(gl.DotOperandLayout(0, WHOLE, 4))
         release(q_empty.index(I_W))
         acc, p0, p1, base, shares, stage, phase = _first_tile(
-            acc, p0, p1, zero, own, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+            acc, p0, p1, zero, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
             HALF, WHOLE, D, STAGES, HEADROOM, TURNS, I_W,
         )  # fmt: skip
         if done >= 0:
@@ -157,7 +153,7 @@ def consumer8(
         acc = gl.zeros([64, D], gl.float32, layout=WIDE)
         for _t in range(tiles - 1):
             acc, p0, p1, base, shares, stage, phase = _step(
-                acc, p0, p1, base, shares, zero, limit, own, q_factor, k_bufs, v_bufs, scales, bars,
+                acc, p0, p1, base, shares, zero, limit, q_op, q_factor, k_bufs, v_bufs, scales, bars,
                 stage, phase, HALF, WHOLE, D, STAGES, HEADROOM, TURNS, LINES, I_W,
             )  # fmt: skip
         done, done_sum = job, total(shares, HALF)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._launch import launch
 from ..block_sparse.arguments import list_args
 from ..block_sparse.hopper_call import multiprocessors
 from ..block_sparse.hopper_launch import why_not_hopper
@@ -20,9 +21,9 @@ from ..types import BlockLists, Pooled, TokenOrder
 from .hopper8_specs import Hopper8Config, hopper8_config
 
 # Kinds of values with which this code has passed tests/kernels/test_hopper8.py on a GPU, without and with a remainder;
-# others only run when called directly. Add "fp8" to the second once its groups "pooled" have passed.
+# others only run when called directly.
 _RUN_ON_A_GPU = ("bf16", "fp8")
-_RUN_WITH_A_REMAINDER = ("bf16",)
+_RUN_WITH_A_REMAINDER = ("bf16", "fp8")
 _QUERIES = 128  # rows of a job, both consumers together
 _LIMIT = 2.0**60  # of the sum of some bfloat16 weights: a larger one needs a new base
 _E4M3_LIMIT = 440.0  # of the sum of 32 e4m3 weights, 256 for 32 of a fresh base: a saturated one, 448, is above it
@@ -218,7 +219,7 @@ def _exact_blocks(
     args |= {f"out_{name}": step // 8 for name, step in zip("bhs", out.stride())}
     args |= list_args(lists)
     with torch.cuda.device(q.device):
-        longest_first_kernel[(max(1, -(-(jobs - in_order) // BLOCK)),)](
+        launch(longest_first_kernel, (max(1, -(-(jobs - in_order) // BLOCK)),))(
             *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
             args["list_b"],
             args["list_h"],
@@ -227,7 +228,7 @@ def _exact_blocks(
             OTHERS=OTHERS,
             span=span,
         )
-        quantized_hopper_kernel[(programs,)](
+        launch(quantized_hopper_kernel, (programs,))(
             **args,
             D=columns,
             DIM=dim,

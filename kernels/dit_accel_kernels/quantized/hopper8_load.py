@@ -119,7 +119,7 @@ def producer(
         row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
     )
     _announce(desc_q, q_scale, q_bufs, q_scales, info, q_full, job, n, qb, heads, sq, PARTS)
-    claim = _claim(counter)
+    claim = 0
     while job != -1:
         _, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
         ids = indices + begin.to(gl.int64)
@@ -144,15 +144,17 @@ def producer(
             )  # fmt: skip
             one, two, scale_one, scale_two = next_one, next_two, next_scale_one, next_scale_two
             next_one, next_two = later_one, later_two
-            if t == 0:
-                # The next job was claimed one job ago; its list is asked for now, so that nobody waits for either.
-                number = programs + _claimed(claim)
+            # The next job is claimed late: one that is claimed during a long job waits for its end, though others are
+            # idle. Each of these three reads takes about as long as a tile.
+            if t == gl.maximum(tiles - 5, 0):
                 claim = _claim(counter)
+            if t == gl.maximum(tiles - 3, 0):
+                number = programs + _claimed(claim)
                 next_job, next_begin, next_full, next_n = _read_row(
                     row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
                 )
-            # Its queries follow once those of this job are in registers, or when there is nothing else to do.
-            if t == gl.minimum(tiles - 1, STAGES):
+            # Its queries follow once those of this job have left their buffer.
+            if t == gl.maximum(tiles - 2, gl.minimum(tiles - 1, STAGES)):
                 for w in gl.static_range(2):
                     mbarrier.wait(q_empty.index(w), q_phase ^ 1)
                 q_phase ^= 1

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch
 from ..aot_spec import AotSpec
 
 __all__ = ["AOT_SPECS", "add_mean", "merge", "merge_kernel"]
@@ -65,7 +66,7 @@ def _launch(
     batch, heads, tokens, dim = q.shape
     steps = (0, 0, 0) if other is None else other.stride()[:3]
     with torch.cuda.device_of(q):
-        merge_kernel[(-(-tokens // _ROWS), heads, batch)](
+        launch(merge_kernel, (-(-tokens // _ROWS), heads, batch))(
             *(q, mean, out, lse, other, other_lse, scale, tokens),
             *(*q.stride()[:3], *out.stride()[:3], *steps),
             DIM=dim,

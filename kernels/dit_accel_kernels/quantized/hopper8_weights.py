@@ -24,6 +24,8 @@ __all__ = [
     "sums_of_codes",
     "too_large",
     "total",
+    "vote_on_sums",
+    "voted",
     "weights_of",
     "whole",
 ]
@@ -69,6 +71,29 @@ def too_large(anything, I_W: gl.constexpr):
         vote.sync.any.pred a, a, -1; @a nanosleep.u32 1; mov.u32 too_large_1, 0; selp.u32 $0, 1, 0, a; // $1
         }"""
     )
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def vote_on_sums(sums, limit, I_W: gl.constexpr):
+    """Note whether a lane of this warp has sums of the weights of a tile above ``limit``, or NaN; of two rows a lane.
+
+    Fewer instructions than :func:`note_sums` and :func:`too_large`, but ptxas moves no exponentials across the vote.
+    """
+    TEXT: gl.constexpr = (
+        """{ .reg .pred a; setp.gtu.f32 a, $2, $4; setp.gtu.or.f32 a, $3, $4, a; vote.sync.any.pred a, a, -1;
+        selp.u32 too_large_0, 1, 0, a; mov.f32 $0, $2; mov.f32 $1, $3; }"""
+        if I_W == 0
+        else """{ .reg .pred a; setp.gtu.f32 a, $2, $4; setp.gtu.or.f32 a, $3, $4, a; vote.sync.any.pred a, a, -1;
+        selp.u32 too_large_1, 1, 0, a; mov.f32 $0, $2; mov.f32 $1, $3; }"""
+    )
+    return gl.inline_asm_elementwise(TEXT, "=f,=f,f,f,f,f", [sums, limit], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def voted(anything, I_W: gl.constexpr):
+    """Whether this warp has noted something; its argument is not used."""
+    TEXT: gl.constexpr = "mov.u32 $0, too_large_0; // $1" if I_W == 0 else "mov.u32 $0, too_large_1; // $1"
     return gl.inline_asm_elementwise(TEXT, "=r,r", [anything], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -207,17 +232,17 @@ def sums_of_codes(p0, p1):
 
 
 @gluon.jit
-def operand(p, zero, O_LAYOUT: gl.constexpr):
+def operand(p, O_LAYOUT: gl.constexpr):
     """Words of codes as the operand of a product, in registers of its own.
 
-    ``zero`` is 0, which no compiler knows: one that did would see a move, and could make the weights in the registers of an
-    operand that a product still reads (C7513: all products one after the other).
+    The move is one that the compiler must keep: it could otherwise make the next weights in the registers of an operand
+    that a product still reads (C7513: all products one after the other).
     """
     # Four elements with the same word, so that four elements of 8 bits can be made of it.
     words = gl.join(gl.join(p, p), gl.join(p, p)).reshape([64, 64])
     words = gl.convert_layout(words, gl.DotOperandLayout(0, O_LAYOUT, 4), assert_trivial=True)
     return gl.inline_asm_elementwise(
-        "or.b32 $0, $1, $5;", "=r,r,r,r,r,r,r,r,r", [words, zero], dtype=gl.float8e4nv, is_pure=False, pack=4
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [words], dtype=gl.float8e4nv, is_pure=False, pack=4
     )
 
 

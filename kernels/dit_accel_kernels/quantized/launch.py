@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._launch import describe
+from .._launch import describe, launch
 from ..block_sparse.arguments import list_args, pooled_args
 from ..block_sparse.configs import TileConfig
 from ..block_sparse.launch import _arch, tma_reason
@@ -70,7 +70,7 @@ def quantized_triton(
     }
     args |= list_args(lists) | pooled_args(pooled) | _tile_args(q, out, made, wide, config, use_tma)
     with torch.cuda.device_of(q):
-        quantized_fwd_kernel[(-(-sq // config.block_m), heads, batch)](
+        launch(quantized_fwd_kernel, (-(-sq // config.block_m), heads, batch))(
             **args,
             sq=sq,
             sk=sk,

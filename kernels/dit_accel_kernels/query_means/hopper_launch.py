@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._common import blocks
-from .._launch import capability
+from .._launch import capability, launch
 from ..block_sparse.hopper_call import make_descriptor, multiprocessors
 from ..block_sparse.hopper_launch import has_gluon
 from ..block_sparse.hopper_specs import padded
@@ -162,13 +162,13 @@ def residual_hopper(
     fast = config.fast and means.dtype == torch.bfloat16  # float16 has too little range
     with torch.cuda.device_of(means):
         for retry in (False, True) if fast else (False,):
-            query_means_hopper_kernel[(members * groups,)](
+            launch(query_means_hopper_kernel, (members * groups,))(
                 *tensors, bits, sums, accs, flags, scale * _LOG2E, *sizes,
                 D=d, BLOCK_K=block_k, WARPGROUPS=config.warpgroups, STAGES=config.stages,
                 FAST=fast and not retry, OVERLAP=config.overlap and fast and not retry, RETRY=retry,
                 CONSUMER_REGS=config.consumer_regs, LOADER_REGS=config.loader_regs, num_warps=4,
             )  # fmt: skip
-        merge_kernel[(blocks(rows, _MERGED["BLOCK_M"]), planes)](
+        launch(merge_kernel, (blocks(rows, _MERGED["BLOCK_M"]), planes))(
             means, pooled.k.contiguous(), pooled.v.contiguous(), bias, bits, sums, accs, out, scale * _LOG2E,
             rows, kb, heads, row_tiles, share, tiles, *strides,
             DIM=dim, WIDTH=d, ROWS=tile_rows, **_MERGED,

@@ -41,14 +41,18 @@ def merge_kernel(
     top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     for group in range(first, last + 1):
         slot = ((group + plane) * row_tiles + i_row).to(tl.int64)
-        top = tl.maximum(top, tl.load(SUMS + slot * (3 * ROWS) + o_row))
+        p_sum = SUMS + slot * (3 * ROWS) + o_row
+        # A sum of so much says that there are logits far above ``own``. Those of many near it do not count: what is kept
+        # may lie far below the largest, so that ``top`` must not lie above it.
+        above = tl.maximum(tl.log2(tl.load(p_sum + ROWS)) - 16.0, 0.0)
+        top = tl.maximum(top, tl.load(p_sum) + above)
     m_m = o_m < rows
     plane64 = plane.to(tl.int64)
     p_mean = (plane64 * rows + o_m)[:, None] * DIM + channel[None, :]
     m_mean = m_m[:, None] & (channel[None, :] < DIM)
     b_q = tl.load(MEANS + p_mean, mask=m_mean, other=0.0)
     p_bits = BITS + i_b * bits_b + i_h * bits_h + o_m.to(tl.int64) * tl.cdiv(kb, 32)
-    # A pooled logit does not exceed the largest of its block by more than the log of its count: the maximum stays.
+    # A pooled logit does not exceed the largest of its block by more than the log of its count: nothing overflows.
     kept_sum, kept_acc = pooled_keys(
         b_q, POOL_K + plane64 * kb * DIM, POOL_V + plane64 * kb * DIM, BIAS + i_b * bias_b + i_h * bias_h, p_bits, m_m,
         kb, top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, WIDTH], tl.float32), scale2, channel,
@@ -58,11 +62,14 @@ def merge_kernel(
     for group in range(first, last + 1):
         slot = ((group + plane) * row_tiles + i_row).to(tl.int64)
         own, part_all, part_kept, more_all, more_kept = _segment(SUMS, ACCS, slot, o_row, channel, ROWS, WIDTH)
-        shrink = tl.exp2(own - top)
-        all_sum += part_all * shrink
-        kept_sum += part_kept * shrink
-        all_acc += more_all * shrink[:, None]
-        kept_acc += more_kept * shrink[:, None]
+        # Sums may be up to 2^100, where ``own`` is the maximum of the first tile alone: by the logarithm of its sum a
+        # segment cannot be lost to underflow that matters. Two factors, since their product may not be representable.
+        size = tl.log2(part_all)
+        even, shrink = tl.exp2(-size), tl.exp2(own + size - top)
+        all_sum += (part_all * even) * shrink
+        kept_sum += (part_kept * even) * shrink
+        all_acc += (more_all * even[:, None]) * shrink[:, None]
+        kept_acc += (more_kept * even[:, None]) * shrink[:, None]
     lacks = all_acc / all_sum[:, None] - kept_acc / kept_sum[:, None]
     lacks = tl.where(tl.abs(lacks) < float("inf"), lacks, 0.0)  # NaN compares false as well
     tl.store(OUT + p_mean, lacks.to(OUT.dtype.element_ty), mask=m_mean)

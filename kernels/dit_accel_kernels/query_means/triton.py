@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import blocks, next_power_of_2
-from .._launch import capability
+from .._launch import capability, launch
 from ..aot_spec import AotSpec
 from ..types import Pooled
 
@@ -59,7 +59,7 @@ def _block_rows(x: Tensor, rows: Tensor, table: Tensor | None, head: Tensor | No
     count = blocks(tokens, block)
     rows_at_once = _ADD_ROWS if add else _MEAN_ROWS
     with torch.cuda.device_of(x):
-        block_rows_kernel[(count, heads, batch)](
+        launch(block_rows_kernel, (count, heads, batch))(
             x, rows, x if table is None else table, x if head is None else head, tokens, count, *x.stride()[:3],
             BLOCK=block, DIM=dim, WIDTH=next_power_of_2(dim), STEP=min(rows_at_once, next_power_of_2(block)),
             HAS_ORDER=table is not None, ADD=add, num_warps=4,
@@ -217,7 +217,7 @@ def residual_triton(
         raise ValueError(f"key blocks must be 16, 32 or a multiple of 64 tokens, got block_k={block_k}")
     valid = means if key_valid is None else key_valid.contiguous().view(torch.uint8)
     with torch.cuda.device_of(means):
-        residual_kernel[(blocks(rows, tiles["BLOCK_M"]), heads, batch)](
+        launch(residual_kernel, (blocks(rows, tiles["BLOCK_M"]), heads, batch))(
             means, key, value, pool_k, pool_v, bias, bits, valid, out, scale, rows, key.shape[2],
             *key.stride()[:3], *value.stride()[:3],
             step(bits.shape[0], bits.stride(0)), step(bits.shape[1], bits.stride(1)),

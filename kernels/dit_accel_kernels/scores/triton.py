@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import blocks
+from .._launch import launch
 from ..aot_spec import ALL_TARGETS, AotSpec
 
 __all__ = ["AOT_SPECS", "block_logits_triton"]
@@ -91,7 +92,7 @@ def block_logits_triton(
     steps = (0, 0) if seen is None else tuple(s if n > 1 else 0 for n, s in zip(seen.shape, seen.contiguous().stride()))
     grid = (blocks(count, tile["BM"]), blocks(columns, tile["BN"]), batch * heads)
     with torch.cuda.device_of(rows):
-        block_logits_kernel[grid](
+        launch(block_logits_kernel, grid)(
             rows.contiguous(), cols.contiguous(), flags, top, lse,
             count, columns, key_blocks, heads, scale * _LOG2E, *steps[:2],
             E=width, PER=per_block, HAS_SEEN=seen is not None, PRECISION=_precision(torch.version.hip is not None),

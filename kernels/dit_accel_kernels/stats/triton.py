@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common import blocks, next_power_of_2
+from .._launch import launch
 from ..aot_spec import AotSpec
 
 __all__ = ["AOT_SPECS", "block_stats_triton", "valid_counts"]
@@ -80,7 +81,7 @@ def block_stats_triton(x: Tensor, block: int, key_valid: Tensor | None) -> tuple
     mean = torch.empty(batch, heads, count, dim, dtype=x.dtype, device=x.device)
     absmax = torch.empty(batch, heads, count, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        block_stats_kernel[(count, heads, batch)](
+        launch(block_stats_kernel, (count, heads, batch))(
             x, x if key_valid is None else key_valid.contiguous().view(torch.uint8), mean, absmax, tokens, count,
             *x.stride()[:3], tokens,
             BLOCK=block, DIM=dim, WIDTH=next_power_of_2(dim), ROWS=min(32, next_power_of_2(block)),
