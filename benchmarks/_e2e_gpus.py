@@ -100,6 +100,7 @@ def steps_of(
     """Dense and sparse steps, after a warm-up; the outputs of the first step of a run are kept for comparison."""
     found: dict[str, Any] = {"ms": {}, "peak_gib": {}, "density": {"dense": 1.0}, "backend": {}, "kernels": {}}
     with cudnn_first(subject.device):
+        subject.register()
         subject.restart()
         outputs[f"dense {label}"] = subject.step()
         notes.say(f"{label}: dense step compiled")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _e2e_run import FIXED, Subject, alone, cudnn_first, held, peak, profiled, relative, settle, timed
+from _e2e_run import FIXED, Profile, Subject, alone, cudnn_first, held, peak, profiled, relative, settle, timed
 from _e2e_workers import mark
 from torch import Tensor
 
@@ -24,10 +24,12 @@ class Measurement:
     Args:
         subject: the model, compiled.
         density: work of a sparse step over that of dense attention.
+        brief: as few steps as can be, for models with all their blocks: no gate, no profile, the density as the method
+            understands it, the share of attention by attention alone.
     """
 
-    def __init__(self, subject: Subject, density: float) -> None:
-        self.subject, self.density = subject, density
+    def __init__(self, subject: Subject, density: float, *, brief: bool = False) -> None:
+        self.subject, self.density, self.brief = subject, density, brief
         self._gate: dict[str, dict[str, float]] = {}
         self._rows: dict[str, dict[str, Any]] = {}
         self._dense: list[float] = []
@@ -42,12 +44,31 @@ class Measurement:
         """
         subject = self.subject
         with cudnn_first(subject.device):
+            if self.brief:
+                self._warm_up(methods)
+                return
             if self._first is None:
+                subject.register()
                 subject.restart()
                 self._first = subject.step()
                 mark(f"{subject.case.name}: dense compiled")
             for method in methods:
                 self._gate[method] = self._passed(method, self._first)
+                mark(f"{subject.case.name}: {method} is ready")
+
+    def _warm_up(self, methods: list[str]) -> None:
+        """Compile with one block of each list, since steps of the whole model take long."""
+        subject = self.subject
+        with subject.shortened():
+            subject.register()
+            subject.restart()
+            subject.step()
+            mark(f"{subject.case.name}: dense compiled")
+            for method in methods:
+                self._gate[method] = {"exact": FIXED.get(method, self.density)}
+                with subject.enable(method, self._gate[method]["exact"]):
+                    subject.step()
+                    subject.step()
                 mark(f"{subject.case.name}: {method} is ready")
 
     def _passed(self, method: str, dense: Tensor) -> dict[str, float]:
@@ -58,7 +79,7 @@ class Measurement:
             sparse = handle.stats()["transformer"].sparse_calls
         if sparse != (0 if method == "hooked" else subject.attentions):
             raise RuntimeError(f"{subject.case.name}: {sparse} of {subject.attentions} calls of {method} were sparse")
-        limit = 2e-2 if subject.dtype == torch.bfloat16 else 1e-4
+        limit = 2e-2 if subject.dtype == torch.bfloat16 or method == "kept8" else 1e-4
         if not error <= limit:
             raise RuntimeError(
                 f"{subject.case.name}: with everything kept {method} is off by {error}, the limit is {limit}"
@@ -76,7 +97,8 @@ class Measurement:
         subject = self.subject
         with cudnn_first(subject.device):
             subject.restart()
-            settle(subject)
+            if not self.brief:
+                settle(subject)
             if self._fixed:
                 self._dense += timed(subject.step, subject.device, 1)
             else:
@@ -85,14 +107,18 @@ class Measurement:
             for method in methods:
                 self._rows[method] = self._sparse(method)
                 yield self.record()
-            self._dense += timed(subject.step, subject.device, 1)
+            if not self.brief:
+                self._dense += timed(subject.step, subject.device, 1)
         yield self.record()
 
     def _measure_dense(self) -> None:
         subject = self.subject
         with peak(subject.device) as highest:
-            self._dense += timed(subject.step, subject.device, _DENSE_ROUNDS)
-        where = profiled(subject.step, subject.device, subject.attentions)
+            if self.brief:
+                self._dense += timed(self._keep_first, subject.device, 1)
+            else:
+                self._dense += timed(subject.step, subject.device, _DENSE_ROUNDS)
+        where = self._profile()
         self._fixed = {
             "name": subject.case.name,
             "tokens": subject.case.tokens,
@@ -107,6 +133,15 @@ class Measurement:
             "dense_kernels": where.top(),
         }
 
+    def _keep_first(self) -> None:
+        self._first = self.subject.step()
+
+    def _profile(self) -> Profile:
+        """Where the time of a step goes."""
+        if self.brief:
+            return Profile({}, 0.0, 0.0)
+        return profiled(self.subject.step, self.subject.device, self.subject.attentions)
+
     def record(self) -> dict[str, Any]:
         """All that is known."""
         fixed, dense_ms = self._fixed, statistics.median(self._dense)
@@ -120,14 +155,19 @@ class Measurement:
     def _sparse(self, method: str) -> dict[str, Any]:
         """One method: the planning step, then steps that use the plan."""
         subject, device = self.subject, self.subject.device
+        first: list[Tensor] = []
         with subject.enable(method, self._gate[method]["exact"]) as handle:
             before = held(device)
             with peak(device) as plan_peak:
-                planning = timed(subject.step, device, 1)[0]
+                planning = timed(lambda: first.append(subject.step()), device, 1)[0]
+            if self.brief and self._first is not None:
+                self._gate[method]["sparse"] = relative(first[0], self._first)
+            first.clear()
             kept = held(device) - before
+            plans = _without_lists(handle, lambda: held(device) - before)
             with peak(device) as sparse_peak:
-                sparse = timed(subject.step, device, _SPARSE_ROUNDS)
-            where = profiled(subject.step, device, subject.attentions)
+                sparse = timed(subject.step, device, 1 if self.brief else _SPARSE_ROUNDS)
+            where = self._profile()
             status = handle.stats()["transformer"]
             blocks = handle.runs["transformer"].method
         return {
@@ -141,11 +181,33 @@ class Measurement:
             "peak_gib": sparse_peak[0],
             "planning_peak_gib": plan_peak[0],
             "plans_gib": kept,
-            "missing_plans_gib": kept / subject.attentions * subject.missing()[1],
+            "missing_plans_gib": _missing_plans(subject, handle, kept, plans),
             "reasons": status.reasons,
             "kernels": where.top(),
             "kernels_ms": where.total_ms,
         }
+
+
+def _without_lists(handle: dit_accel.Handle, measure: Callable[[], float]) -> float:
+    """What a measurement finds once index lists are dropped, which are derived again when needed."""
+    for state in handle.runs["transformer"]._states.values():
+        for leaf in () if state.plan is None else state.plan.leaves:
+            leaf.mask.drop_lists()
+    return measure()
+
+
+def _missing_plans(subject: Subject, handle: dit_accel.Handle, kept: float, plans: float) -> float:
+    """GiB that the plans of the blocks that were left out would keep; lists of all layers are bounded.
+
+    Args:
+        subject: the model.
+        handle: of the method.
+        kept: by the plans at hand, GiB.
+        plans: of it without index lists.
+    """
+    each, missing, lists = subject.attentions, subject.missing()[1], kept - plans
+    bound = handle.runs["transformer"]._lists.limit / 2**30
+    return plans / each * missing + max(0.0, min(lists * missing / each, bound - lists))
 
 
 def _work(handle: dit_accel.Handle) -> float:

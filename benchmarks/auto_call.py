@@ -10,8 +10,6 @@ the sum with the output. Heads have different orders. All take turns with dense 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +20,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval"), str(Path(__file__).parent)]
 
+from _records import append  # noqa: E402
 from hopper import CUDNN, dense, in_turns, trust  # noqa: E402
 from planning import Problem, say  # noqa: E402
 
@@ -34,14 +33,14 @@ from dit_accel_kernels import block_sparse_attention, permute_and_pool  # noqa: 
 from dit_accel_kernels.query_means import add_query_means_, mean_queries, mean_query_residual  # noqa: E402
 from dit_accel_kernels.types import Pooled  # noqa: E402
 
-# Wan 14B at 720p and at 480p, Wan 1.3B at 480p, CogVideoX; heads, grid, head size.
+# Wan 14B at 720p and at 480p, Wan 1.3B at 480p, CogVideoX; heads, grid, tokens of the text, head size.
 SHAPES = {
-    "H40 S75600 d128": (40, (21, 45, 80), 128),
-    "H40 S32760 d128": (40, (21, 30, 52), 128),
-    "H12 S32760 d128": (12, (21, 30, 52), 128),
-    "H48 S17550 d64": (48, (13, 30, 45), 64),
+    "H40 S75600 d128": (40, (21, 45, 80), 0, 128),
+    "H40 S32760 d128": (40, (21, 30, 52), 0, 128),
+    "H12 S32760 d128": (12, (21, 30, 52), 0, 128),
+    "H48 S17776 d64": (48, (13, 30, 45), 226, 64),
 }
-TOY = {"H4 S1024 d64": (4, (16, 8, 8), 64)}
+TOY = {"H4 S1024 d64": (4, (16, 8, 8), 0, 64)}
 
 
 def plan_of(p: Problem, blocks: tuple[int, int], density: float) -> Plan:
@@ -78,21 +77,21 @@ def parts(p: Problem, plan: Plan) -> dict[str, Callable[[], Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print a table and write JSON to ``$OUT``."""
+    """Measure, print a table and append to a record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a tiny shape, nothing is timed")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--blocks", nargs=2, type=int, default=(128, 64), metavar=("Q", "K"))
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON lines to append to")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     toy = args.toy or device.type == "cpu"
-    records: list[dict[str, Any]] = []
-    for shape, (heads, grid, dim) in TOY.items() if toy else ((s, SHAPES[s]) for s in args.shapes):
+    for shape, (heads, grid, text, dim) in TOY.items() if toy else ((s, SHAPES[s]) for s in args.shapes):
         if device.type == "cuda":
             trust(dim)
-        p = Problem(heads, grid, dim, device, args.blocks[1])
+        p = Problem(heads, grid, text, dim, device, args.blocks[1])
         plan = plan_of(p, tuple(args.blocks), args.density)
         calls = parts(p, plan)
         if toy:
@@ -102,14 +101,12 @@ def main(argv: list[str] | None = None) -> int:
             continue
         attend = {CUDNN: (partial(dense, p.q, p.k, p.v), 1.0)}
         turns = in_turns(shape, "auto", attend | {name: (call, 1.0) for name, call in calls.items()}, args.rounds)
-        times = {row.what: row.ms for row in turns}
+        times, records = {row.what: row.ms for row in turns}, []
         for name in calls:
             share = times[name] / times[CUDNN]
-            records.append({"shape": shape, "part": name, "ms": times[name], "of_dense": share})
+            records.append({"part": name, "ms": times[name], "of_dense": share})
             say(f"{shape:<16} {name:<32} {times[name]:>8.3f} ms {100 * share:>7.2f} % of dense ({times[CUDNN]:.3f} ms)")
-    if os.environ.get("OUT") and records:
-        record = {"gpu": torch.cuda.get_device_name(), "blocks": args.blocks, "density": args.density, "rows": records}
-        Path(os.environ["OUT"], "auto_call.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        append(args.out, shape, times[CUDNN], records, blocks=args.blocks, density=args.density)
     return 0
 
 

@@ -9,6 +9,8 @@ Each model has a process of its own. All compile at once and pass the correctnes
 the others are stopped. Share of attention ``f``: the kernels of self-attention in a profiled dense step over the time of
 a dense step. Ceiling: ``1 / (1 - f + f d)`` with ``d`` the work of a sparse step over that of dense attention.
 
+``NAME:whole`` as a case has all blocks and few steps. ``--prepare`` compiles only, so that a later run finds its kernels.
+
 ``torchrun --nproc-per-node 2 benchmarks/e2e.py --gpus 2`` compares dense and sparse context parallelism with one GPU.
 """
 
@@ -32,6 +34,8 @@ from _timing import environment
 from dit_accel._files import write_whole
 from dit_accel_kernels import backends
 
+#: Behind the name of a case: with all blocks, and few steps, since each takes long.
+_WHOLE = ":whole"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,7 +54,7 @@ def stage(text: str) -> list[str]:
 def options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=None, help=f"of {', '.join(CASES)}")
+    parser.add_argument("--cases", nargs="*", default=None, help=f"of {', '.join(CASES)}; NAME{_WHOLE} has all blocks")
     parser.add_argument(
         "--methods",
         nargs="*",
@@ -60,6 +64,11 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--no-self-test", action="store_true", help="take kernels without their self-test, where their tests have run"
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="compile and pass the gate, and measure nothing: a later run finds its kernels compiled",
     )
     parser.add_argument("--density", type=float, default=0.2, help="work of a sparse step over dense work")
     parser.add_argument("--layers", type=int, nargs="*", default=None, help="blocks of each list, 0 for all")
@@ -90,31 +99,33 @@ def layers_of(case: Case, asked: list[int] | None) -> tuple[int, ...]:
     return tuple(n or most for n, most in zip(asked, case.layers, strict=True))
 
 
-def subject_of(name: str, args: argparse.Namespace, device: torch.device) -> Subject:
+def subject_of(asked: str, args: argparse.Namespace, device: torch.device) -> Subject:
     """Build one model."""
+    name, whole, _ = asked.partition(_WHOLE)
     case = {**CASES, **TOY}[name]
     toy = name in TOY
     dtype = torch.float32 if toy else torch.bfloat16
     small: dict[str, Any] = {"block": 64, "compiler": "eager"} if toy else {"block": args.block}
-    return Subject(case, layers_of(case, args.layers), device, dtype, **small)
+    return Subject(case, case.layers if whole else layers_of(case, args.layers), device, dtype, **small)
 
 
 def worker(args: argparse.Namespace) -> None:
     """A process of one model: at each stage warm up, say so, wait for a line, measure, tell what is known so far."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.toy else "cpu")
-    if args.no_self_test:
-        backends.self_test = _untested
     subject = subject_of(args.worker, args, device)
     mark(f"{args.worker}: built")
     need: dict[str, Any] = {"device": device, "dtype": subject.dtype, "head_dim": subject.case.dim, "block_q": 128}
     for block_k in (128, 64):
         mark(f"{args.worker}: 128x{block_k}: {backends.choose_backend(**need, block_k=block_k)}")
     subject.compile()
-    found = Measurement(subject, args.density)
+    found = Measurement(subject, args.density, brief=args.worker.endswith(_WHOLE))
     for methods in args.methods:
         found.gate(methods)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if args.prepare:
+            say({"known": {}, "stage_over": True, "complete": methods is args.methods[-1]})
+            continue
         say({"ready": args.worker})
         sys.stdin.readline()
         for known in found.measure(methods):
@@ -135,6 +146,7 @@ def commands(names: list[str], args: argparse.Namespace) -> dict[str, list[str]]
         "--methods",
         *map(",".join, args.methods),
     ]
+    command += ["--prepare"] if args.prepare else []
     command += ["--toy"] if args.toy else ["--block", str(args.block)]
     command += ["--no-self-test"] if args.no_self_test else []
     command += ["--layers", *map(str, args.layers)] if args.layers is not None else []
@@ -162,7 +174,8 @@ def _rows(case: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for method, row in case["methods"].items():
         numbers = {"dense_ms": case["dense_ms"], "attention_share": case["attention_share"], **row}
-        kept = ("dense_ms", "attention_share", "density", "step_ms", "speedup", "ceiling", "of_ceiling")
+        kept: tuple[str, ...] = ("dense_ms", "attention_share", "density", "step_ms", "speedup")
+        kept += ("ceiling", "of_ceiling")
         kept += ("planning_step_ms", "peak_gib", "peak_ratio", "whole_peak_ratio", "whole_planning_peak_ratio")
         rounded = {key: f"{numbers[key]:.4g}" for key in kept}
         told = {"method": method, "backend": row["backend"], "blocks": row["blocks"]}
@@ -184,20 +197,36 @@ def table(record: dict[str, Any]) -> str:
     for case in record["cases"]:
         layers = "+".join(map(str, case["layers"]))
         for method, row in case["methods"].items():
+            gate = case["gate"][method]
             lines.append(
                 f"{case['name']:26s}{layers:>9s} {method:>7s} {row['backend']:>9s} {row['blocks']:>8s} "
                 f"{case['dense_ms']:9.1f} {case['attention_share']:6.3f} {row['density']:6.3f} {row['step_ms']:9.1f} "
                 f"{row['speedup']:6.2f} {row['ceiling']:8.2f} {row['of_ceiling']:6.3f} {row['planning_step_ms']:9.1f} "
                 f"{row['peak_gib']:6.1f} {row['peak_ratio']:6.3f} {row['whole_peak_ratio']:6.3f} "
-                f"{case['gate'][method]['kept']:8.1e}"
+                + (f"{gate['kept']:8.1e}" if "kept" in gate else f"{'none':>8s}")
             )
     lines += [f"not measured, or not all of it: {name}" for name in record["failed"]]
     return "\n".join(lines)
 
 
+def _missing(names: list[str], records: list[dict[str, Any]]) -> list[str]:
+    """Models that were not gone through to the end."""
+    complete = {found["case"] for found in records if found["complete"]}
+    return [name for name in names if name not in complete]
+
+
+def _prepare(names: list[str], args: argparse.Namespace) -> int:
+    """Compile only."""
+    missing = _missing(names, measure_all(commands(names, args), args.deadline, lambda _: None))
+    sys.stdout.write("".join(f"not prepared, or not all of it: {name}\n" for name in missing))
+    return 1 if missing else 0
+
+
 def main() -> int:
     """Run what was asked for."""
     args = options()
+    if args.no_self_test:
+        backends.self_test = _untested  # type: ignore[assignment]
     if args.worker is not None:
         worker(args)
         return 0
@@ -206,7 +235,7 @@ def main() -> int:
 
         return on_several(args)
     names = args.cases or (list(TOY) if args.toy else list(CASES))
-    unknown = [name for name in names if name not in {**CASES, **TOY}]
+    unknown = [name for name in names if name.removesuffix(_WHOLE) not in {**CASES, **TOY}]
     if unknown:
         raise ValueError(f"--cases must be of {', '.join({**CASES, **TOY})}, got {', '.join(unknown)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
@@ -217,9 +246,10 @@ def main() -> int:
     def keep(found: list[dict[str, Any]]) -> None:
         write_whole(part, (json.dumps({**record, "cases": found}, indent=1) + "\n").encode())
 
+    if args.prepare:
+        return _prepare(names, args)
     records = measure_all(commands(names, args), args.deadline, keep)
-    complete = {found["case"] for found in records if found["complete"]}
-    record |= {"failed": [name for name in names if name not in complete], "cases": records}
+    record |= {"failed": _missing(names, records), "cases": records}
     write(args.out, record)
     part.unlink(missing_ok=True)
     sys.stdout.write(table(record) + "\n")

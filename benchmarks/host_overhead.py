@@ -1,11 +1,19 @@
-"""What the host pays for one attention call: microseconds of Python and launches, on short sequences.
+"""What the host pays for one sparse attention call: microseconds of this thread, on short sequences.
 
-    python benchmarks/host_overhead.py [--profile] [--stub]
+    python benchmarks/host_overhead.py [--methods auto adaspa] [--out benchmarks/results/host_overhead.json] [--profile]
 
-On a GPU the device work is so short that the host is the bound, and the time is taken before the device has finished.
-Without one, or with ``--stub``, kernels are planned on the CPU and then not launched: what is left is all Python on the way
-from diffusers' dispatch to the launches and back, in two columns. *engine* ends where the operators begin; *all* has the
-operators' own Python, with descriptors, lists and output tensors, up to the launches themselves.
+The call is that of diffusers' dispatch on a sparse step whose plan is made. On a GPU it is launched; the device work is
+short, and it waits for the device outside of what is timed. Without a GPU, or with ``--stub``, the same Python runs and
+Triton launches with a driver that does nothing (:mod:`_idle_driver`). Columns:
+
+- *all*: the whole call. ``usual`` takes every step each time; ``again`` makes the launches of an earlier call again
+  (:mod:`dit_accel_kernels.replay`), ``elsewhere`` so too, for tensors at addresses not seen before.
+- *engine*: from diffusers to where the operators begin, and back (with operators that return at once).
+- *launches*: Triton's launcher in C and the driver, for all launches of a call.
+- *torch*: its allocations for results and what stands between kernels, and four transpositions.
+- *diffusers*: its dispatch of a call, with a backend that returns at once.
+- *ours*: *again* less launches, torch and diffusers.
+- *python*: 400 turns of a loop that adds, which says how fast the machine runs Python at that moment.
 """
 
 from __future__ import annotations
@@ -15,96 +23,91 @@ import contextlib
 import cProfile
 import importlib
 import io
+import json
+import os
 import pstats
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval", "benchmarks")]
 
+from _e2e_models import TOY, build  # noqa: E402
+from _idle_driver import idle_driver, why_not  # noqa: E402
+from _timing import environment  # noqa: E402
+
 import dit_accel  # noqa: E402
-from dit_accel.presets import get_method  # noqa: E402
-from dit_accel.runtime import ModelRun  # noqa: E402
+import dit_accel.replayed  # noqa: E402
+from dit_accel_eval.files import write_json  # noqa: E402
+from dit_accel_kernels import backends, query_means  # noqa: E402
 
-CALLS, ROUNDS = 300, 9
-METHODS = ("na", "adaspa", "union", "auto")
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA on ``[B, S, H, D]``."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+ROUNDS, CALLS = 41, 20
+METHODS = ("na", "radial", "adaspa", "union", "auto")
+_ELSEWHERE = 12  # sets of tensors in turns, more than addresses are remembered
 
 
-def per_call(call: Callable[[], object]) -> float:
-    """Microseconds of host time of one call."""
-    for _ in range(20):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    spent = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return spent / CALLS * 1e6
+@dataclass(frozen=True)
+class Sparse:
+    """A sparse call: what makes it, for each of some sets of tensors, the like with an idle backend, and who serves it."""
+
+    calls: tuple[Callable[[], Tensor], ...]
+    idle: Callable[[], Tensor]
+    installation: Any
+    qkv: list[Tensor]
 
 
-def of_thread(call: Callable[[], object]) -> float:
-    """Microseconds of this thread in one call, the median of some rounds."""
+def of_thread(calls: tuple[Callable[[], object], ...]) -> float:
+    """Microseconds of this thread in one call, the calls in turns: the lower quartile of some rounds.
+
+    Whoever shares the core with us, or its caches, makes rounds longer and none shorter.
+    """
     found = []
     for _ in range(ROUNDS):
+        _wait()
         start = time.thread_time_ns()
-        for _ in range(CALLS):
-            call()
+        for i in range(CALLS):
+            calls[i % len(calls)]()
         found.append((time.thread_time_ns() - start) / CALLS / 1e3)
-    return statistics.median(found)
+    return statistics.quantiles(found, n=4)[0]
 
 
-def sparse_call(name: str, qkv: list[Tensor], geometry: dit_accel.TokenGeometry) -> Callable[[], Tensor]:
-    """A sparse step of one layer whose plan is made."""
-    run = ModelRun(get_method(name), model="overhead", min_tokens=0)
-    run.set_layers(("layer",))
-    for step in range(3):
-        run.begin_forward(geometry, dit_accel.StepInfo(step=step, steps=10))
-        run.attend(*qkv, layer=0, scale=None, key_valid=None, dense=dense)
-    return lambda: run.attend(*qkv, layer=0, scale=None, key_valid=None, dense=dense)
+def pure_python() -> int:
+    """Something whose time says how fast this machine runs Python at the moment."""
+    total = 0
+    for i in range(400):
+        total += i
+    return total
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
-def stubbed(name: str) -> Iterator[tuple[Callable[[], object], Callable[[], Any]]]:
-    """The call that diffusers makes on a sparse step, as on a Hopper GPU, without launches.
-
-    Yields:
-        The call, and what makes a context in which it ends where the operators begin.
-    """
-    from _e2e_models import TOY, build
+def sparse(name: str, device: torch.device) -> Iterator[Sparse]:
+    """A sparse call of a method on the first layer of a small Wan, as on a Hopper GPU."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
-    from triton.runtime.jit import JITFunction
 
     from dit_accel_patches.handles import enter, leave
 
     case = TOY["toy-wan"]
-    model = build(case, case.layers, torch.device("cpu"), torch.bfloat16)
-    options: dict[str, Any] = {"density": 0.3} if name in ("auto", "union", "adaspa") else {}
+    model = build(case, case.layers, device, torch.bfloat16)
+    options: dict[str, Any] = {"density": 0.3} if name in ("auto", "union", "adaspa", "radial") else {}
     blocks = {"block_q": 128, "block_k": 64 if name == "auto" else 128}
     with contextlib.ExitStack() as stack:
-        # Functions, not mocks with return values: those would take longer than what is measured.
-        stack.enter_context(mock.patch.object(JITFunction, "__getitem__", _no_launcher))
-        for patch in (
-            mock.patch("dit_accel.eligibility.choose_backend", _hopper),
-            mock.patch("dit_accel_kernels.block_sparse.hopper_call.multiprocessors", _multiprocessors),
-            mock.patch("torch.cuda.device", _Nowhere),
-        ):
-            stack.enter_context(patch)
+        if device.type == "cpu":
+            stack.enter_context(_as_on_hopper())
         handle = stack.enter_context(dit_accel.enabled(model, name, min_tokens=0, warmup=0.0, **options, **blocks))
         installation = model.__dict__["_dit_accel"]
         processor = model.blocks[0].attn1.processor
@@ -113,20 +116,77 @@ def stubbed(name: str) -> Iterator[tuple[Callable[[], object], Callable[[], Any]
         frames, height, width = case.grid
         latents = torch.zeros(1, 4, frames, 2 * height, 2 * width)
         geometry = installation.adapter.geometry(model, (latents,), {})
-        qkv = [torch.randn(1, case.tokens, case.heads, case.dim, dtype=torch.bfloat16) for _ in range(3)]
+        shape = (1, case.tokens, case.heads, case.dim)
+        sets = [[torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)] for _ in range(_ELSEWHERE)]
 
-        def call() -> Tensor:
-            return dispatch_attention_fn(*qkv, backend=processor._attention_backend)
+        def call(qkv: list[Tensor]) -> Callable[[], Tensor]:
+            return lambda: dispatch_attention_fn(*qkv, backend=processor._attention_backend)
 
+        calls = tuple(call(qkv) for qkv in sets)
         stack.enter_context(torch.no_grad())
         for step in range(4):
             installation.run.begin_forward(geometry, dit_accel.StepInfo(step=step, steps=10))
-            call()
+            calls[0]()
         before = handle.stats()["transformer"].sparse_calls
-        stack.enter_context(mock.patch("dit_accel_kernels._common.triton_reason", _no_reason))
-        call()
-        yield call, lambda: _no_operators(installation, qkv)
+        if device.type == "cpu":
+            stack.enter_context(mock.patch("dit_accel_kernels._common.triton_reason", _nothing))
+            stack.enter_context(mock.patch.object(dit_accel.replayed, "_EVERYWHERE", True))
+        for _ in range(6):
+            calls[0]()
+        yield Sparse(calls, _idle(processor._attention_backend, sets[0]), installation, sets[0])
         assert handle.stats()["transformer"].sparse_calls > before
+
+
+@contextlib.contextmanager
+def _as_on_hopper() -> Iterator[None]:
+    """In this context tensors of the CPU are served as on a Hopper GPU, by a driver that does nothing."""
+    launch = "dit_accel_kernels.query_means.hopper_launch."
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(idle_driver())
+        stack.enter_context(mock.patch.dict(os.environ))
+        os.environ.pop("DIT_ACCEL_BACKEND", None)
+        # Functions, not mocks with return values: those would take longer than what is measured.
+        for patch in (
+            mock.patch("dit_accel.eligibility.choose_backend", _hopper),
+            mock.patch("dit_accel_kernels.block_sparse.hopper_call.multiprocessors", _multiprocessors),
+            mock.patch("dit_accel_kernels.block_sparse.launch._arch", _architecture),
+            mock.patch(launch + "multiprocessors", _multiprocessors),
+            mock.patch(launch + "capability", _capability),
+            mock.patch("dit_accel_kernels.query_means.self_test", _nothing),
+            mock.patch("torch.cuda.device", _Nowhere),
+        ):
+            stack.enter_context(patch)
+        yield
+
+
+def _idle(backend: Any, qkv: list[Tensor]) -> Callable[[], Tensor]:
+    """The call that diffusers makes, to a backend that returns at once."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    def nothing(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        return query
+
+    def call() -> Tensor:
+        real = Registry._backends[backend]
+        Registry._backends[backend] = nothing
+        try:
+            return dispatch_attention_fn(*qkv, backend=backend)
+        finally:
+            Registry._backends[backend] = real
+
+    return call
 
 
 class _Nowhere:
@@ -140,11 +200,7 @@ class _Nowhere:
     def __exit__(self, *_: object) -> None: ...
 
 
-def _no_launch(*args: Any, **options: Any) -> None: ...
-
-
-def _no_launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-    return _no_launch
+def _nothing(*_: Any) -> None: ...
 
 
 def _hopper(**need: Any) -> tuple[str, dict[str, str]]:
@@ -155,16 +211,31 @@ def _multiprocessors(device: torch.device) -> int:
     return 132
 
 
-def _no_reason(x: Tensor) -> None: ...
+def _architecture(device: torch.device) -> str:
+    return "sm_90"
+
+
+def _capability(x: Tensor) -> int:
+    return 90
 
 
 @contextlib.contextmanager
-def _no_operators(installation: Any, qkv: list[Tensor]) -> Iterator[None]:
+def _no_replays() -> Iterator[None]:
+    """In this context every call takes the usual way."""
+    with (
+        mock.patch.object(dit_accel.replayed, "_BACKENDS", frozenset()),
+        mock.patch.object(dit_accel.replayed.PlanReplays, "again", _nothing),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _no_operators(found: Sparse) -> Iterator[None]:
     """In this context the operators of the kernels do nothing but return."""
     query_mean = importlib.import_module("dit_accel.compensate.query_mean")
-    plan = next(iter(installation.run._states.values())).plan
-    q, k, v = (x.transpose(1, 2) for x in qkv)
-    out, lse, moved = torch.zeros_like(q), torch.zeros(q.shape[:3]), None
+    plan = next(iter(found.installation.run._states.values())).plan
+    q, k, v = (x.transpose(1, 2) for x in found.qkv)
+    out, lse, moved = torch.zeros_like(q), torch.zeros(q.shape[:3], device=q.device), None
     if plan.key_order is not None:
         moved = dit_accel.plan.permute_and_pool(k, v, plan.key_order, block=plan.mask.block_k)
     stubs: dict[Any, dict[str, Any]] = {
@@ -181,53 +252,92 @@ def _no_operators(installation: Any, qkv: list[Tensor]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, names in stubs.items():
             stack.enter_context(mock.patch.multiple(module, **names))
+        stack.enter_context(_no_replays())
         yield
+
+
+def _outside(found: Sparse) -> tuple[float, float, int]:
+    """Microseconds of launches and of allocations of a call, and the number of launches; 0 where nothing is replayed."""
+    plan = next(iter(found.installation.run._states.values())).plan
+    bound = None if plan.replays is None else next(iter(plan.replays.replays._bound.values()), None)
+    if bound is None:
+        return 0.0, 0.0, 0
+    program, ready = bound._program, next(iter(bound._ready.values()))
+
+    def launches() -> None:
+        for start, args in ready:
+            start(*args)
+
+    def memory() -> list[Tensor]:
+        for x in (*found.qkv, found.qkv[0]):
+            x.transpose(1, 2)
+        device = program.device
+        made = [
+            torch.empty_strided(shape, steps, dtype=dtype, device=device) for shape, steps, dtype in program.results
+        ]
+        return made + [torch.empty(size, dtype=torch.uint8, device=device) for size in program.rooms]
+
+    held = [found.calls[0](), memory()]  # what the arguments point to may be gone; nothing of it is looked at
+    spent = of_thread((launches,)), of_thread((memory,))
+    del held
+    return *spent, len(ready)
+
+
+def measured(name: str, device: torch.device, profile: bool) -> dict[str, Any]:
+    """One row of the table."""
+    with sparse(name, device) as found:
+        row: dict[str, Any] = {"method": name, "again": of_thread(found.calls[:1]), "elsewhere": of_thread(found.calls)}
+        row["launches"], row["torch"], row["kernels"] = _outside(found)
+        row["diffusers"] = of_thread((found.idle,))
+        with _no_replays():
+            found.calls[0]()
+            row["usual"] = of_thread(found.calls[:1])
+        with _no_operators(found):
+            row["engine"] = of_thread(found.calls[:1])
+        row["ours"] = row["again"] - row["launches"] - row["torch"] - row["diffusers"]
+        row["python"] = of_thread((pure_python,))
+        row["replayed"] = bool(row["kernels"])
+        if profile:
+            print(profiled(found.calls[0]))
+    return row
 
 
 def profiled(call: Callable[[], object]) -> str:
     """Where the host's time goes."""
     profile = cProfile.Profile()
-    profile.runcall(lambda: [call() for _ in range(CALLS)])
+    profile.runcall(lambda: [call() for _ in range(300)])
     text = io.StringIO()
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(40)
     return text.getvalue()
 
 
-def on_gpu(profile: bool) -> None:
-    """Print the table of a GPU."""
-    geometry = dit_accel.TokenGeometry((4, 16, 16))
-    qkv = [torch.randn(1, geometry.tokens, 5, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    print(f"{torch.cuda.get_device_name()}: host time of one attention call, microseconds")
-    print(f"{'dense (SDPA)':14} {per_call(lambda: dense(*qkv)):8.1f}")
-    for name in METHODS:
-        print(f"{name:14} {per_call(sparse_call(name, qkv, geometry)):8.1f}")
-    if profile:
-        call = sparse_call("auto", qkv, geometry)
-        call()
-        print(profiled(call))
-
-
-def without_launches(profile: bool) -> None:
-    """Print the table of Python alone."""
-    print("host time of one attention call without launches, microseconds")
-    print(f"{'':14} {'engine':>8} {'all':>8}")
-    for name in METHODS:
-        with stubbed(name) as (call, no_operators):
-            whole = of_thread(call)
-            with no_operators():
-                engine = of_thread(call)
-            print(f"{name:14} {engine:8.1f} {whole:8.1f}")
-            if profile and name == "auto":
-                print(profiled(call))
-
-
 def main() -> None:
-    """Print a table, and a profile of auto if asked for."""
+    """Print a table, and append it to a record if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", action="store_true", help="show where the host time of auto goes")
-    parser.add_argument("--stub", action="store_true", help="no launches, as without a GPU")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="presets")
+    parser.add_argument("--stub", action="store_true", help="a driver that does nothing, on the CPU")
+    parser.add_argument("--no-self-test", action="store_true", help="take kernels without their self-test")
+    parser.add_argument("--profile", action="store_true", help="show where the host time of the methods goes")
+    parser.add_argument("--out", type=Path, help="JSON record to append to")
     args = parser.parse_args()
-    (on_gpu if torch.cuda.is_available() and not args.stub else without_launches)(args.profile)
+    idle = args.stub or not torch.cuda.is_available()
+    reason = why_not() if idle else None
+    if reason is not None:
+        parser.error(f"no idle driver: {reason}")
+    device = torch.device("cpu" if idle else "cuda")
+    if args.no_self_test:
+        backends.self_test = query_means.self_test = _nothing  # type: ignore[assignment]
+    columns = ("again", "elsewhere", "usual", "engine", "launches", "torch", "diffusers", "ours", "python")
+    print("host time of one sparse attention call, microseconds" + (", idle driver" if idle else ""))
+    print(f"{'':10}" + "".join(f"{column:>10}" for column in columns) + "   kernels")
+    rows: list[dict[str, Any]] = []
+    before = json.loads(args.out.read_text()) if args.out is not None and args.out.exists() else []
+    for name in args.methods:
+        row = measured(name, device, args.profile)
+        print(f"{name:10}" + "".join(f"{row[column]:10.1f}" for column in columns) + f"{row['kernels']:10}", flush=True)
+        rows.append(row)
+        if args.out is not None:
+            write_json(args.out, [*before, {**environment(device), "driver": "idle" if idle else "CUDA", "rows": rows}])
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 All parts take turns with dense cuDNN attention of the same shape; the median of the rounds counts. The parts are those of
 a plan by exact mass (the preset ``union``): block mass, choice among six axis orders by recalled mass, selection and lists,
 once on all queries and once on 16 of each block; then the planner itself, for the presets ``union`` and ``auto``, and its
-parts for ``auto``. ``--parts auto --block-k 64`` times what ``auto`` does with its own blocks, and nothing else. Memory is
-what a call allocates at its peak over what is there before and the output, as a share of q, k, v and the output together.
-What was measured is printed and written as it comes.
+parts for ``auto``. ``--parts auto adaspa --block-k 64`` times what ``auto`` does with its own blocks and the exact mass of
+``adaspa``, and nothing else. Memory is what a call allocates at its peak over what is there before and the output, as a
+share of q, k, v and the output together. What was measured is printed and appended to ``--out`` as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +22,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval"), str(Path(__file__).parent)]
 
+from _records import append  # noqa: E402
 from hopper import CUDNN, dense, in_turns, trust  # noqa: E402
 
 from dit_accel.choice import CHOICES  # noqa: E402
@@ -46,23 +45,26 @@ from dit_accel_kernels import (  # noqa: E402
 from dit_accel_kernels.lists import pack_bits  # noqa: E402
 from dit_accel_kernels.types import Pooled, TokenOrder  # noqa: E402
 
-# The second is Wan 14B at 720p, the third at 480p, the fourth FLUX at 1024 x 1024 with its text, the last CogVideoX.
+# Heads, grid, tokens of the text in the same sequence, head size. The second is Wan 14B at 720p, the third at 480p, the
+# fourth FLUX at 1024 x 1024, the last CogVideoX.
 SHAPES = {
-    "H12 S32768 d128": (12, (32, 32, 32), 128),
-    "H40 S75600 d128": (40, (21, 45, 80), 128),
-    "H40 S32760 d128": (40, (21, 30, 52), 128),
-    "H24 S4608 d128": (24, (1, 64, 72), 128),
-    "H48 S17550 d64": (48, (13, 30, 45), 64),
+    "H12 S32768 d128": (12, (32, 32, 32), 0, 128),
+    "H40 S75600 d128": (40, (21, 45, 80), 0, 128),
+    "H40 S32760 d128": (40, (21, 30, 52), 0, 128),
+    "H24 S4608 d128": (24, (1, 64, 64), 512, 128),
+    "H48 S17776 d64": (48, (13, 30, 45), 226, 64),
 }
-TOY = {"H4 S1024 d128": (4, (16, 8, 8), 128)}
+TOY = {"H4 S1040 d128": (4, (16, 8, 8), 16, 128)}
 BLOCK_Q, DENSITY, SAMPLE = 128, 0.2, 16
 
 
 class Problem:
     """Random tensors of one shape and the orders that ``auto`` chooses from."""
 
-    def __init__(self, heads: int, grid: tuple[int, int, int], dim: int, device: torch.device, block_k: int) -> None:
-        self.geometry, self.block_k, self.heads = TokenGeometry(grid), block_k, heads
+    def __init__(
+        self, heads: int, grid: tuple[int, int, int], text: int, dim: int, device: torch.device, block_k: int
+    ) -> None:
+        self.geometry, self.block_k, self.heads = TokenGeometry(grid, prefix=text), block_k, heads
         shape = (1, self.geometry.tokens, heads, dim)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.q, self.k, self.v = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
@@ -120,12 +122,14 @@ class Problem:
         ctx = self._context(planner, self.order)
         scores = block_scores(ctx)
         levels, capacity = planner._select(ctx, layout.names, scores)
+        mass = self._planner("adaspa")
         return {
+            "adaspa: exact mass": lambda: block_scores(self._context(mass)),
             "auto: choice of orders": lambda: CHOICES.create(choice, self._context(planner), layout.table),
             "auto: scores": lambda: block_scores(self._context(planner, self.order)),
             "auto: selection": lambda: planner._select(ctx, layout.names, scores),
             "auto: bits, lists and density": lambda: planner._complete(ctx, layout.names, levels, scores, capacity),
-            "auto: a plan in an order": lambda: planner.plan(self._context(planner, self.order)),
+            "auto: a later plan": lambda: planner.plan(self._context(planner, self.order)),
         }
 
 
@@ -193,8 +197,8 @@ def toy(device: torch.device, block_k: int) -> int:
     """Run every part once at a tiny size; on a GPU all kernels are then compiled."""
     if device.type == "cuda":
         trust(128)
-    for heads, grid, dim in TOY.values():
-        p = Problem(heads, grid, dim, device, block_k)
+    for shape in TOY.values():
+        p = Problem(*shape, device, block_k)
         for name, call in parts(p).items():
             call()
             sys.stdout.write(f"{name}: ran\n")
@@ -202,53 +206,51 @@ def toy(device: torch.device, block_k: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print a table and write JSON to ``$OUT``."""
+    """Measure, print a table and append to a record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a tiny shape, nothing is timed")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES)[:2], choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--block-k", type=int, default=128)
-    parser.add_argument("--parts", default="", help="only parts whose name contains this text, and no memory")
+    parser.add_argument("--parts", nargs="*", help="only parts whose name contains one of these, and no memory")
+    parser.add_argument("--out", type=Path, help="JSON lines to append to")
     args = parser.parse_args(argv)
     if args.toy or not torch.cuda.is_available():
         return toy(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.block_k)
-    rows: list[dict[str, Any]] = []
-    peaks: dict[str, dict[str, float]] = {}
     for shape in args.shapes:
-        heads, grid, dim = SHAPES[shape]
-        trust(dim)
-        p = Problem(heads, grid, dim, torch.device("cuda"), args.block_k)
-        flops = 4.0 * heads * p.geometry.tokens**2 * dim
-        chosen = {name: (call, flops) for name, call in parts(p).items() if args.parts in name}
-        attend = (partial(dense, p.q, p.k, p.v), flops)
-        times = {
-            row.what: row.ms for row in in_turns(shape, f"128x{args.block_k}", {CUDNN: attend, **chosen}, args.rounds)
-        }
-        for name in [name for name in chosen if name in times]:  # a part that failed has said so
-            share = times[name] / times[CUDNN]
-            rows.append({"shape": shape, "part": name, "ms": times[name], "of_dense": share})
-            say(f"{shape:<16} {name:<32} {times[name]:>8.3f} ms {share:>7.3f} of dense ({times[CUDNN]:.3f} ms)")
-        save(rows, peaks, args.block_k)
-        if args.parts:
-            continue
-        peaks[shape] = memory(p)
-        for name, share in peaks[shape].items():
-            say(f"{shape:<16} peak memory, {name:<40} {100 * share:>6.2f} %")
-        save(rows, peaks, args.block_k)
+        measure(shape, args)
     return 0
+
+
+def measure(shape: str, args: argparse.Namespace) -> None:
+    """Time the parts of one shape, in turns with dense attention."""
+    heads, grid, text, dim = SHAPES[shape]
+    trust(dim)
+    p = Problem(heads, grid, text, dim, torch.device("cuda"), args.block_k)
+    chosen = {name: (call, 1.0) for name, call in parts(p).items() if wanted(name, args.parts)}
+    attend = {CUDNN: (partial(dense, p.q, p.k, p.v), 1.0)}
+    times = {row.what: row.ms for row in in_turns(shape, f"128x{args.block_k}", attend | chosen, args.rounds)}
+    rows: list[dict[str, Any]] = []
+    for name in [name for name in chosen if name in times]:  # a part that failed has said so
+        share = times[name] / times[CUDNN]
+        rows.append({"part": name, "ms": times[name], "of_dense": share})
+        say(f"{shape:<16} {name:<32} {times[name]:>8.3f} ms {share:>7.3f} of dense ({times[CUDNN]:.3f} ms)")
+    peaks = memory(p) if args.parts is None else {}
+    for name, share in peaks.items():
+        say(f"{shape:<16} peak memory, {name:<40} {100 * share:>6.2f} %")
+    blocks = {"block_q": BLOCK_Q, "block_k": args.block_k, "density": DENSITY}
+    append(args.out, shape, times[CUDNN], rows, **blocks, **({"peak_memory": peaks} if peaks else {}))
+
+
+def wanted(name: str, asked: list[str] | None) -> bool:
+    """Whether a part is to be timed."""
+    return asked is None or any(part in name for part in asked)
 
 
 def say(text: str) -> None:
     """Print at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def save(rows: list[dict[str, Any]], peaks: dict[str, dict[str, float]], block_k: int) -> None:
-    """Write what there is to ``$OUT``."""
-    if os.environ.get("OUT"):
-        record = {"gpu": torch.cuda.get_device_name(), "block_k": block_k, "rows": rows, "peak_memory": peaks}
-        Path(os.environ["OUT"], "planning.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dit_accel.copies import in_one_piece
 from dit_accel_patches.calls import Call
-from dit_accel_patches.copies import in_one_piece
 from dit_accel_patches.handles import LayerHandle, find
 
 __all__ = ["DenseCall", "attend", "set_dense_call"]
@@ -113,7 +113,7 @@ def _here(
 
 def _as_promised(out: Tensor, query: Tensor) -> Tensor:
     """The dtype and layout that the fake kernel promised; under autocast dense attention returns another dtype."""
-    return in_one_piece(out.to(query.dtype))
+    return in_one_piece(out if out.dtype == query.dtype else out.to(query.dtype))
 
 
 def _attend_fake(
@@ -183,12 +183,13 @@ def _why_not(
         return "called outside a forward call of the transformer", None
     if causal:
         return "causal attention", None
-    grouped = gqa or key.shape[2] != query.shape[2]
+    ours, theirs = query.shape, key.shape
+    grouped = gqa or theirs[2] != ours[2]
     if grouped and not (handle.state.rule is not None and handle.state.rule.grouped):
-        return f"grouped heads: {query.shape[2]} query heads on {key.shape[2]} key heads", None
-    fits = (query.shape[0], query.shape[3]) == (key.shape[0], key.shape[3]) and key.shape[1] >= query.shape[1]
-    if not fits or key.shape != value.shape:
-        return f"not self-attention: query {tuple(query.shape)}, key {tuple(key.shape)}", None
+        return f"grouped heads: {ours[2]} query heads on {theirs[2]} key heads", None
+    fits = ours == theirs or (ours[0] == theirs[0] and ours[3] == theirs[3] and theirs[1] >= ours[1])
+    if not fits or theirs != value.shape:
+        return f"not self-attention: query {tuple(ours)}, key {tuple(theirs)}", None
     if mask is None:
         return None, None
     batch, tokens = key.shape[:2]

@@ -8,7 +8,7 @@ exchanged into its own place of the sequence, so what arrives is in the order of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_accel_patches.copies import in_one_piece
+from dit_accel.copies import copy_wide_, in_one_piece
 
 __all__ = ["Arrival", "Ranks", "Streams", "even_counts"]
 
@@ -46,6 +46,19 @@ class Ranks:
     def of(cls, group: Any) -> Ranks:
         """The processes of a group."""
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def swap(self, sent: Mapping[int, Sequence[Tensor]], got: Mapping[int, Sequence[Tensor]]) -> list[Any]:
+        """Send contiguous tensors to other processes of the group, and receive theirs in the same order, all at once.
+
+        A collective exchange would also pass through its wires what each process keeps, which is half of everything where
+        there are two.
+        """
+        ops = []
+        for rank in sorted({*sent, *got}):
+            peer = dist.get_global_rank(self.group, rank)
+            ops += [dist.P2POp(dist.isend, x, peer, self.group) for x in sent.get(rank, ()) if x.numel()]
+            ops += [dist.P2POp(dist.irecv, x, peer, self.group) for x in got.get(rank, ()) if x.numel()]
+        return dist.batch_isend_irecv(ops) if ops else []
 
     def join(self, x: Tensor, counts: Sequence[int], dim: int) -> Tensor:
         """The pieces of all processes, ``counts`` long along ``dim``, one behind the other."""
@@ -115,42 +128,50 @@ class Streams:
             The tokens ``[B, S, h, D]`` of this process's heads, under way.
         """
         batch, _, _, dim = x.shape
-        mine, row = heads[self.ranks.rank], batch * dim
-        buffer = x.new_empty((self.tokens, batch, mine, dim))
-        works: list[Any] = []
-        sent: list[Tensor] = []
+        me = self.ranks.rank
+        buffer = x.new_empty((self.tokens, batch, heads[me], dim))
+        sent: dict[int, list[Tensor]] = {}
+        got: dict[int, list[Tensor]] = {}
+        own: list[tuple[Tensor, Tensor]] = []
         for part, place, chunk in zip(self._here(x, 1), buffer.split(self.lengths), self.chunks, strict=True):
-            tokens = part.shape[1]
-            packed = _packed(part, heads)
-            sent.append(packed)
-            works.append(
-                dist.all_to_all_single(
-                    place.view(-1),
-                    packed,
-                    [count * row * mine for count in chunk],
-                    [tokens * row * count for count in heads],
-                    group=self.ranks.group,
-                    async_op=True,
-                )
-            )
-        return Arrival(works, buffer, sent)
+            for rank, (piece, room) in enumerate(zip(part.split(list(heads), 2), place.split(chunk), strict=True)):
+                if rank == me:
+                    own.append((room, piece.transpose(0, 1)))
+                else:
+                    sent.setdefault(rank, []).append(in_one_piece(piece.transpose(0, 1)))
+                    got.setdefault(rank, []).append(room)
+        works = self.ranks.swap(sent, got)
+        for room, piece in own:  # while the others are under way
+            copy_wide_(room, piece)
+        return Arrival(works, buffer, [piece for pieces in sent.values() for piece in pieces])
 
     def to_tokens(self, x: Tensor, heads: Sequence[int]) -> Tensor:
         """Undo :meth:`to_heads`: all heads of this process's tokens, ``[B, S / N, H, D]``, in the order of dealing out."""
-        batch, _, mine, dim = x.shape
-        row, parts = batch * dim, []
-        for part, chunk in zip(x.transpose(0, 1).split(self.lengths), self.chunks, strict=True):
-            tokens = chunk[self.ranks.rank]
-            got = x.new_empty(tokens * row * sum(heads))
-            into, outof = [tokens * row * count for count in heads], [count * row * mine for count in chunk]
-            dist.all_to_all_single(got, part.contiguous().view(-1), into, outof, group=self.ranks.group)
-            if len(set(heads)) == 1:
-                whole = got.view(self.ranks.size, tokens, batch, mine, dim).permute(2, 1, 0, 3, 4)
-                parts.append(in_one_piece(whole).view(batch, tokens, -1, dim))
-            else:
-                pieces = [p.view(tokens, batch, n, dim) for p, n in zip(got.split(into), heads, strict=True)]
-                parts.append(torch.cat(pieces, 2).transpose(0, 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        batch, _, _, dim = x.shape
+        me = self.ranks.rank
+        out = x.new_empty((batch, self.here, sum(heads), dim))
+        sent: dict[int, list[Tensor]] = {}
+        got: dict[int, list[Tensor]] = {}
+        moves: list[tuple[Tensor, Tensor]] = []
+        own: list[tuple[Tensor, Tensor]] = []
+        streams = x.transpose(0, 1).split(self.lengths)
+        for part, place, chunk in zip(streams, self._here(out, 1), self.chunks, strict=True):
+            for rank, (piece, room) in enumerate(zip(part.split(chunk), place.split(list(heads), 2), strict=True)):
+                if rank == me:
+                    own.append((room, piece.transpose(0, 1)))
+                    continue
+                arrived = x.new_empty((chunk[me], batch, heads[rank], dim))
+                sent.setdefault(rank, []).append(in_one_piece(piece))
+                got.setdefault(rank, []).append(arrived)
+                moves.append((room, arrived.transpose(0, 1)))
+        works = self.ranks.swap(sent, got)
+        for room, piece in own:
+            copy_wide_(room, piece)
+        for work in works:
+            work.wait()
+        for room, piece in moves:
+            copy_wide_(room, piece)
+        return out
 
     def whole_mask(self, mask: Tensor) -> Tensor:
         """A mask of this process's keys ``[..., S / N]`` for all keys, ``[..., S]``."""
@@ -163,11 +184,3 @@ class Streams:
         """The pieces of the streams that this process has."""
         parts: tuple[Tensor, ...] = x.split([chunk[self.ranks.rank] for chunk in self.chunks], dim)
         return parts
-
-
-def _packed(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """``[B, S, H, D]`` as one run ``[S, B, h, D]`` for each process, flat."""
-    if len(set(heads)) == 1:
-        by_process: Tensor = x.unflatten(2, (len(heads), -1)).permute(2, 1, 0, 3, 4)
-        return in_one_piece(by_process).view(-1)
-    return torch.cat([in_one_piece(part.transpose(0, 1)).view(-1) for part in x.split(list(heads), 2)])

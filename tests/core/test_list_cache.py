@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from dit_accel.mask import BlockMask, ListCache
@@ -14,16 +16,43 @@ def _mask(seed: int) -> BlockMask:
     return BlockMask.from_levels(levels, 640, 640, 64, 64)
 
 
-def test_least_recently_used_lists_are_dropped_and_come_back_the_same() -> None:
+def _held(masks: list[BlockMask]) -> list[bool]:
+    return [mask._lists is not None for mask in masks]
+
+
+def test_what_does_not_fit_passes_through_and_comes_back_the_same() -> None:
+    masks = [_mask(i) for i in range(8)]
+    before = [mask.lists().indices.clone() for mask in masks]
+    cache = ListCache(limit=4 * masks[0].nbytes() + 10)
+    for mask, lists in 3 * list(zip(masks, before, strict=True)):
+        cache.touch(mask)
+        assert torch.equal(mask.lists().indices, lists)
+    # The same three stay over all rounds, and one passes.
+    assert _held(masks) == [True, True, True, False, False, False, False, True]
+
+
+def test_several_that_pass_are_held_together_as_long_as_they_fit() -> None:
+    masks = [_mask(i) for i in range(12)]
+    cache = ListCache(limit=8 * masks[0].nbytes() + 10)
+    for mask in (*masks, *masks[9:]):
+        cache.touch(mask)
+    assert _held(masks) == [True] * 6 + [False] * 4 + [True] * 2
+    cache.touch(masks[10])
+    cache.touch(masks[9])
+    assert _held(masks) == [True] * 6 + [False] * 3 + [True] * 2 + [False]
+
+
+def test_room_of_masks_that_are_gone_is_free_again() -> None:
     masks = [_mask(i) for i in range(4)]
-    before = masks[0].lists().indices.clone()
-    cache = ListCache(limit=2 * masks[0].nbytes() + 10)
+    cache = ListCache(limit=4 * masks[0].nbytes() + 10)
     for mask in masks:
         cache.touch(mask)
-    assert [mask._lists is not None for mask in masks] == [False, False, True, True]
-    cache.touch(masks[0])
-    assert torch.equal(masks[0].lists().indices, before)
-    assert [mask._lists is not None for mask in masks] == [True, False, False, True]
+    del masks, mask
+    gc.collect()
+    fresh = [_mask(i) for i in range(3)]
+    for mask in (*fresh, _mask(9), _mask(10)):
+        cache.touch(mask)
+    assert _held(fresh) == [True] * 3
 
 
 def test_one_mask_is_kept_whatever_its_size() -> None:
