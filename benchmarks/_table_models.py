@@ -50,7 +50,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sol, Morton": ("sol", {"order": "morton"}),
     "pisa, bricks": ("pisa", {"order": "brick"}),
     "auto, 64 x 64": ("auto", {"block_q": 64}),
-    "auto, bricks": ("auto", {"order": ["fhw", "hwf", "brick", "gilbert"]}),
+    "auto, nothing kept": ("auto", {"compensate": "first_order:64", "warmup": 0.0, "dense_share": 0.0}),
+    "auto, query means": ("auto", {"compensate": "residual:query_mean,64"}),
+    "auto, as for video": ("auto", {"pictures": ()}),
+    "auto, first order": ("auto", {"compensate": "first_order:64"}),
 }
 
 

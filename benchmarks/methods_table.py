@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval", "benchmarks")]
 
 from _attention_probe import probing  # noqa: E402
-from _table_models import call_of, fill, lacking, model_folder, open_model, preset_of  # noqa: E402
+from _table_models import call_of, fill, is_image, lacking, model_folder, open_model, preset_of  # noqa: E402
 from _table_pages import join  # noqa: E402
 from _table_queue import RowQueue, read_samples  # noqa: E402
 from _table_rows import FLOOR  # noqa: E402
@@ -98,7 +98,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def warmup_of(name: str, density: float, args: argparse.Namespace) -> float:
     """Warm-up of a method at some work: its own, or what two fifths of the work allow."""
     allowed = math.floor(SHARE * density * args.steps + 1e-6) / args.steps
-    return min(get_method(preset_of(name)[0]).warmup, allowed)
+    method = get_method(preset_of(name)[0])
+    if method.pictures and is_image(args.model):
+        method = method.for_pictures
+    return min(method.warmup, allowed)
 
 
 def options_of(pipe: Any, name: str, density: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def rehearse(pipe: Any, name: str, prompts: list[str], seeds: list[int], args: a
     preset, changes = preset_of(name)
     if get_method(preset).static:
         return
-    with dit_accel.enabled(pipe, preset, density=0.5, warmup=0.25, **changes):
+    with dit_accel.enabled(pipe, preset, **{"density": 0.5, "warmup": 0.25, **changes}):
         generate(pipe, prompts, seeds, decode=False, **{**call_of(args), "num_inference_steps": 4})
 
 

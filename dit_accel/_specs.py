@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
@@ -84,6 +85,11 @@ def parse_spec(text: str | Spec) -> Spec:
         return text
     if not isinstance(text, str):
         raise TypeError(f"a spec must be a string such as 'top_k:0.2', got {text!r} of type {type(text).__name__}")
+    return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Spec:
     name, colon, rest = text.strip().partition(":")
     if not _NAME.match(name.strip()):
         raise ValueError(f"a spec must look like 'name' or 'name:value,key=value', got {text!r}")
@@ -152,6 +158,12 @@ class Entry(Generic[T]):
     traits: Mapping[str, Any] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=1024)
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    """The parameters of a factory; looking at them takes longer than most calls."""
+    return inspect.signature(factory)
+
+
 class Registry(Generic[T]):
     """Names of one kind of method, in the order of registration.
 
@@ -210,7 +222,7 @@ class Registry(Generic[T]):
             ValueError: the name is unknown or the values do not fit the factory's parameters.
         """
         spec = parse_spec(spec)
-        signature = inspect.signature(self.entry(spec.name).factory)
+        signature = _signature(self.entry(spec.name).factory)
         try:
             signature.bind(*[None] * leading, *spec.args, **spec.kwargs)
         except TypeError as error:
@@ -220,7 +232,7 @@ class Registry(Generic[T]):
     def argument(self, spec: str | Spec, leading: int, name: str) -> Any:
         """The value that a checked spec gives to a parameter of its factory, or the parameter's default."""
         spec = parse_spec(spec)
-        bound = inspect.signature(self.entry(spec.name).factory).bind(*[None] * leading, *spec.args, **spec.kwargs)
+        bound = _signature(self.entry(spec.name).factory).bind(*[None] * leading, *spec.args, **spec.kwargs)
         bound.apply_defaults()
         return bound.arguments[name]
 

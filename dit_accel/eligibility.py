@@ -108,7 +108,7 @@ class Eligibility:
         """The method with the block sizes of the kernel that will serve such queries, see :attr:`Method.hopper_blocks`."""
         if asked.hopper_blocks is None or query.device.type != "cuda" or self.asked not in (None, "hopper"):
             return asked
-        key = (query.device, query.dtype, query.shape[-1])
+        key = (asked, query.device, query.dtype, query.shape[-1])
         if key not in self._fitted:
             method = asked.replace(block_q=asked.hopper_blocks[0], block_k=asked.hopper_blocks[1])
             name, _ = choose_backend(**self._need(query, method))

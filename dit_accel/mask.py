@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from dit_accel_kernels.lists import lists_from_levels, pack_bits, unpack_bits
+from dit_accel_kernels.compress import compress_levels
+from dit_accel_kernels.lists import pack_bits, unpack_bits
 from dit_accel_kernels.types import BlockLists
 
 __all__ = ["EXACT", "PARTIAL", "SKIP", "BlockMask", "ListCache"]
@@ -49,6 +50,7 @@ class BlockMask:
     block_k: int
     capacity: int | None = None
     _lists: BlockLists | None = field(default=None, repr=False)
+    _density: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # of which bits, and what it is
 
     @classmethod
     def from_levels(
@@ -83,8 +85,9 @@ class BlockMask:
                 f"{block_q} x {block_k}, got {levels.dtype} {list(levels.shape)}"
             )
         partial_bits = pack_bits((levels == PARTIAL).to(torch.uint8)) if partial else None
-        mask = cls(pack_bits(levels), partial_bits, q_len, k_len, block_q, block_k, capacity)
-        mask._lists = lists_from_levels(levels, block_q, block_k, capacity=capacity)
+        made = compress_levels(levels, q_len=q_len, k_len=k_len, block_q=block_q, block_k=block_k, capacity=capacity)
+        mask = cls(made.bits, partial_bits, q_len, k_len, block_q, block_k, capacity)
+        mask._lists, mask._density = made.lists, (made.bits, made.density)
         return mask
 
     @property
@@ -102,7 +105,15 @@ class BlockMask:
     def lists(self) -> BlockLists:
         """Index lists for the kernels, derived once."""
         if self._lists is None:
-            self._lists = lists_from_levels(self.levels(), self.block_q, self.block_k, capacity=self.capacity)
+            made = compress_levels(
+                self.levels(),
+                q_len=self.q_len,
+                k_len=self.k_len,
+                block_q=self.block_q,
+                block_k=self.block_k,
+                capacity=self.capacity,
+            )
+            self._lists = made.lists
         return self._lists
 
     def drop_lists(self) -> None:
@@ -111,6 +122,8 @@ class BlockMask:
 
     def density(self) -> Tensor:
         """Computed share of the attention map, by tokens: float32 ``[B|1, H|1]``, on the mask's device."""
+        if self._density is not None and self._density[0] is self.bits:  # a copy may have other bits
+            return self._density[1]
         device = self.bits.device
         rows = _block_sizes(self.q_len, self.block_q, device)
         cols = _block_sizes(self.k_len, self.block_k, device)
@@ -133,7 +146,12 @@ class BlockMask:
 
 
 class ListCache:
-    """Bounds the index lists that masks hold: the least recently used are dropped, and derived again when needed.
+    """Bounds the index lists that masks hold.
+
+    The masks of a model are used in the same order at every step, so dropping what was used longest ago would drop each
+    list just before it is needed again. Three quarters of the limit are for lists that stay until their mask is gone;
+    further ones pass through the rest, and are derived again at their next use, which takes the device well below a
+    hundredth of the attention that they are for. Masks are not kept alive.
 
     Args:
         limit: bytes of lists and packed masks together; one mask is kept whatever its size.
@@ -141,24 +159,30 @@ class ListCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._held: OrderedDict[int, tuple[BlockMask, int]] = OrderedDict()
-        self._total = 0
+        self._stay: WeakKeyDictionary[BlockMask, int] = WeakKeyDictionary()
+        self._pass: WeakKeyDictionary[BlockMask, int] = WeakKeyDictionary()
 
     def touch(self, mask: BlockMask) -> None:
         """Derive the lists of ``mask`` if need be, and drop those of others beyond the limit."""
-        key = id(mask)
-        if key in self._held:
-            self._held.move_to_end(key)
+        if mask in self._stay:
             return
         mask.lists()
-        self._held[key] = (mask, mask.nbytes())
-        self._total += self._held[key][1]
-        while self._total > self.limit and len(self._held) > 1:
-            _, (old, size) = self._held.popitem(last=False)
+        size = self._pass.pop(mask, None) or mask.nbytes()
+        staying = sum(self._stay.values())
+        if 4 * (staying + size) <= 3 * self.limit:
+            self._stay[mask] = size
+            return
+        self._pass[mask] = size  # the latest is last
+        passing = list(self._pass.items())
+        over = staying + sum(held for _, held in passing) - self.limit
+        for old, held in passing[:-1]:
+            if over <= 0:
+                break
             old.drop_lists()
-            self._total -= size
+            del self._pass[old]
+            over -= held
 
     def clear(self) -> None:
         """Forget all masks, without touching their lists."""
-        self._held.clear()
-        self._total = 0
+        self._stay.clear()
+        self._pass.clear()

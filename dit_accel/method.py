@@ -29,6 +29,10 @@ METHOD_VERSION = 1
 
 _BRANCHES = ("separate", "shared")
 _BLOCKS = (16, 32, 64, 128)
+_OF_PICTURES = (
+    *("order", "order_choice", "score", "select", "density", "compensate", "block_q", "block_k", "hopper_blocks"),
+    *("branches", "warmup", "refresh", "dense_share"),
+)
 _DEFAULT_DENSITY = 0.25
 
 Axes = int | tuple[int, ...] | None
@@ -66,9 +70,13 @@ class Method:
         block_k: tokens in a key block, 16, 32, 64 or 128.
         hopper_blocks: ``(block_q, block_k)`` to use instead where the Hopper kernel serves them, whose rate needs larger
             tiles than the portable kernel's; ``None`` for the same everywhere. :meth:`replace` with a block size drops it.
+        pictures: fields that differ where the sequence is one picture, such as ``{"score": "fine_spread:8"}``, kept as
+            pairs; of those that decide a plan. :meth:`replace` drops what it sets.
         warmup: share of the denoising steps that stay dense at the start.
         end: share of the steps after which attention is dense again.
         refresh: shares of the run at which the plan is made again.
+        dense_share: share of a run's work that dense steps take, which then lie all over the run in place of ``refresh``; 0
+            leaves it to ``refresh``. For plans that are made on dense steps; see :mod:`dit_accel.dense_steps`.
         reuse: how long plans live besides, specs of :mod:`dit_accel.reuse`: ``"every:4"``,
             ``"similar:0.9"``, ``"leaders:0x4x8"``.
         dense_every: every so many sparse steps one is dense; 0 for none.
@@ -106,9 +114,11 @@ class Method:
     block_q: int = 64
     block_k: int = 64
     hopper_blocks: tuple[int, int] | None = None
+    pictures: tuple[tuple[str, Any], ...] = ()
     warmup: float = 0.2
     end: float = 1.0
     refresh: tuple[float, ...] = ()
+    dense_share: float = 0.0
     reuse: tuple[str, ...] = ()
     dense_every: int = 0
     logit_scale: str = "none"
@@ -134,6 +144,7 @@ class Method:
                 object.__setattr__(self, field.name, (value,))
         if isinstance(self.reuse, str):
             object.__setattr__(self, "reuse", (self.reuse,))
+        self._normalise_pictures()
         names = (self.order,) if isinstance(self.order, str) else self.order
         expanded = [n for name in names for n in (AXIS_ORDERS if name == "axes" else (name,))]
         object.__setattr__(self, "order", tuple(dict.fromkeys(expanded)))
@@ -151,7 +162,7 @@ class Method:
         pair = self.hopper_blocks
         ok = pair is None or (isinstance(pair, tuple) and len(pair) == 2 and all(p in _BLOCKS for p in pair))
         _require(ok, "hopper_blocks", pair, f"None or two of {', '.join(map(str, _BLOCKS))}")
-        for share_name in ("warmup", "end", "static_share"):
+        for share_name in ("warmup", "end", "static_share", "dense_share"):
             value = getattr(self, share_name)
             _require(_is_number(value) and 0 <= value <= 1, share_name, value, "between 0 and 1")
         _require(
@@ -193,6 +204,24 @@ class Method:
         _require(
             ok and not cross.kwargs, "cross_attention", self.cross_attention, "'live', 'cached' or 'cached:BRANCH'"
         )
+
+    def _normalise_pictures(self) -> None:
+        """Keep what is different for pictures as sorted pairs, and check it."""
+        given = self.pictures.items() if isinstance(self.pictures, dict) else self.pictures
+        ok = all(isinstance(pair, list | tuple) and len(pair) == 2 and pair[0] in _OF_PICTURES for pair in given)
+        _require(ok, "pictures", self.pictures, f"values of some of {', '.join(_OF_PICTURES)}")
+        pairs = ((name, tuple(value) if isinstance(value, list) else value) for name, value in given)
+        object.__setattr__(self, "pictures", tuple(sorted(pairs, key=lambda pair: pair[0])))
+        assert self.for_pictures is not None  # made, and so checked, now
+
+    @cached_property
+    def for_pictures(self) -> Method:
+        """The method as it is where the sequence is one picture."""
+        return dataclasses.replace(self, pictures=(), **dict(self.pictures)) if self.pictures else self
+
+    def fitting(self, geometry: TokenGeometry) -> Method:
+        """The method for a sequence: :attr:`for_pictures`, or as it is."""
+        return self.for_pictures if geometry.grid is not None and geometry.grid[0] == 1 else self
 
     def _check_density(self) -> None:
         if self.density is None:
@@ -355,6 +384,8 @@ class Method:
             )
         if "block_q" in changes or "block_k" in changes:
             changes = {"hopper_blocks": None, **changes}
+        if "pictures" not in changes:
+            changes["pictures"] = tuple(pair for pair in self.pictures if pair[0] not in changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -411,6 +442,8 @@ class Method:
         lines.append(f"  remainder   {self.compensate}")
         hopper = "" if self.hopper_blocks is None else "; {} x {} on the Hopper kernel".format(*self.hopper_blocks)
         lines.append(f"  blocks      {self.block_q} x {self.block_k}{hopper}")
+        if self.pictures:
+            lines.append("  pictures    " + ", ".join(f"{name} {value}" for name, value in self.pictures))
         if not self.precision_rule.wide:
             lines.append(f"  precision   {self.precision}")
         lines.append(f"  schedule    warm-up {self.warmup:g}, end {self.end:g}, refresh {list(self.refresh)}")

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from dit_accel.compensate import Compensation, SparseCall, make_compensation
 from dit_accel.context import valid_in_block_order
+from dit_accel.head_turns import in_turns, turns_of
 from dit_accel.mask import BlockMask
 from dit_accel.masked import Folded, folds
 from dit_accel.precision import quantized_attention
+from dit_accel.replayed import PlanReplays, replays_of
 from dit_accel.score import Gather
 from dit_accel.share import HeadShare
 from dit_accel_kernels import (
@@ -51,6 +53,7 @@ class Plan:
         finite: whether the scores were finite, a 0-dim bool on the device.
         recall: softmax mass that the mask keeps by its own scores, ``[B, H]``, or ``None``.
         bias: what :func:`execute` keeps of the pooled remainder between calls.
+        replays: what :func:`execute` keeps of the launches between calls.
         placement: which heads the plan has where a transformer is spread over processes, else ``None``.
         parts: one plan for each batch element, where orders depend on content; the rest of this plan then only counts.
         precision: number formats of the exact blocks, ``None`` for 16 bit.
@@ -74,6 +77,7 @@ class Plan:
     finite: Tensor | None = None
     recall: Tensor | None = None
     bias: Tensor | None = None
+    replays: PlanReplays | None = field(default=None, init=False, repr=False)
     placement: HeadShare | None = None
     parts: tuple[Plan, ...] = field(default=())
     precision: Precision | None = None
@@ -165,6 +169,10 @@ def execute_with_lse(
 
     It does not know of what a compensation adds behind the softmax.
     """
+    if plan.replays is not None and key_valid is None:
+        made = plan.replays.again(plan, (query, key, value), (scale, backend, want_lse))
+        if made is not None:
+            return made
     options: dict[str, Any] = {"scale": scale, "backend": backend, "want_lse": want_lse}
     if plan.parts:
         return _execute_parts(plan, query, key, value, key_valid=key_valid, **options)
@@ -173,6 +181,33 @@ def execute_with_lse(
     if key_valid is not None and folds(plan):
         folded = Folded.of(plan, query, key, value, key_valid)
         return folded.unfold(*execute_with_lse(folded.plan, *folded.tensors, key_valid=folded.key_valid, **options))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    turns = turns_of(plan, query, key)
+    if turns > 1:
+
+        def part(some: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+            return _execute_whole(q, k, v, some, key_valid, factor, backend, want_lse)
+
+        return in_turns(part, plan, query, key, value, turns=turns, want_lse=want_lse)
+    if key_valid is None and plan.precision is None:
+        replays = replays_of(plan, query, backend)
+        if replays is not None:
+            args = plan, None, factor, backend, want_lse
+            return replays(_execute_whole, (query, key, value), (scale, backend, want_lse), *args)
+    return _execute_whole(query, key, value, plan, key_valid, factor, backend, want_lse)
+
+
+def _execute_whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    key_valid: Tensor | None,
+    factor: float,
+    backend: str | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A plan for the whole batch and all heads. What it launches is decided by the plan and by layouts alone."""
     block = plan.mask.block_k
     valid = valid_in_block_order(key_valid, plan.key_order)
     pooled = move_keys = None
@@ -190,7 +225,6 @@ def execute_with_lse(
         move_keys = plan.key_order  # quantising moves them in the same pass
     elif plan.key_order is not None:
         key, value = permute_tokens(key, plan.key_order), permute_tokens(value, plan.key_order)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     out, lse = _run(plan, query, key, value, pooled, valid, factor, backend, want_lse, move_keys)
     if ends:
         return out, lse

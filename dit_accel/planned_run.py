@@ -176,7 +176,7 @@ class PlannedRun:
     def _pattern_plan(self, call: Call, state: LayerState) -> Plan:
         device = call.query.device
         with self.ledger.timer.measure(device):
-            density = self._density(call.geometry)
+            density = self._density(call.geometry, call.query.shape[-1])
             state.plan = self.planner.pattern_plan(call.geometry, device, density, call.query.shape[1], call.layer)
         return state.plan
 
@@ -197,7 +197,7 @@ class PlannedRun:
                 call.value,
                 lse,
                 call.geometry,
-                density=self._density(call.geometry),
+                density=self._density(call.geometry, call.query.shape[-1]),
                 scale=call.scale,
                 key_valid=call.key_valid,
                 order=order,
@@ -226,8 +226,12 @@ class PlannedRun:
             self.ledger.orders[ctx.layer] = (plan.order_names, head)
         return plan
 
-    def _density(self, geometry: TokenGeometry) -> float | None:
+    def _density(self, geometry: TokenGeometry, dim: int = 128) -> float | None:
         """Share of the map to compute on sparse steps, ``None`` where the method's own parameters decide.
+
+        Args:
+            geometry: where the tokens sit.
+            dim: channels of a head.
 
         Raises:
             ValueError: if ``run_density`` was asked for and cannot be reached, or the steps of the run are unknown.
@@ -240,6 +244,6 @@ class PlannedRun:
             )
         branches = max(len(self._branches), 1) if self.method.branches == "shared" else 1
         mean = self._roles.sparse_density(
-            self.run_density, self._step.steps, self.policy, self.planner, geometry, branches
+            self.run_density, self._step.steps, self.policy, self.planner, geometry, branches, dim
         )
         return self.planner.density_of_free_rows(self.policy.share_of(mean, self._step), geometry)

@@ -254,7 +254,7 @@ class Planner:
         gather = scores.gather
         if method.has_levels:
             gather = pyramid_gather(levels, method.block_k)
-        exact = (levels == 1).to(torch.uint8)
+        exact = (levels == 1).to(torch.uint8) if method.has_levels else levels
         mask = BlockMask.from_levels(
             exact, ctx.query.shape[2], ctx.key.shape[2], method.block_q, method.block_k, capacity=capacity
         )
@@ -272,7 +272,7 @@ class Planner:
             gather=gather,
             state=compensation.prepare(ctx, levels),
             extra_work=compensation.work(ctx),
-            finite=torch.isfinite(scores.values).all(),
+            finite=torch.linalg.vector_norm(scores.values, torch.inf) < torch.inf,  # one pass; false for NaN as well
             recall=(scores.values * exact).sum(-1).mean(-1) if scores.is_mass else None,
             precision=method.precision_rule.fixed,
         )

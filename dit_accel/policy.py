@@ -225,7 +225,7 @@ class Policy:
         """
         dense, sparse, plans = self.course(steps)
         tried = plans if self.compares else 0  # such a plan computes its sparse output once, to compare
-        density = (run_density * steps - dense - planning - overhead * sparse) / max(sparse + tried, 1)
+        density = (run_density * steps - dense - planning - overhead * (sparse + tried)) / max(sparse + tried, 1)
         if not sparse or density <= 0:
             wanted = run_density if asked is None else asked
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dit_accel.adapter import DenseFn, StepInfo
 from dit_accel.blend import Blend
 from dit_accel.cross import CrossCache
+from dit_accel.dense_steps import with_dense_steps
 from dit_accel.eligibility import Eligibility
 from dit_accel.geometry import TokenGeometry
 from dit_accel.ledger import SCHEDULED, Ledger, RunStatus
@@ -23,6 +24,7 @@ from dit_accel.more_keys import MoreKeys
 from dit_accel.plan import Plan, execute_with_lse
 from dit_accel.planned_run import Call, PlannedRun
 from dit_accel.planner import Planner
+from dit_accel.policy import Policy
 from dit_accel.precision.by_head import HeadPrecisions
 from dit_accel.score import SCORES
 from dit_accel.share import HeadShare
@@ -39,7 +41,7 @@ __all__ = ["ModelRun"]
 
 _logger: logging.Logger = get_logger(__name__)
 
-_LIST_BYTES = 2 << 30
+_LIST_BYTES = 256 << 20
 
 
 class ModelRun(PlannedRun):
@@ -76,7 +78,8 @@ class ModelRun(PlannedRun):
         cost: CostModel | None = None,
     ) -> None:
         super().__init__(method, run_density=run_density, static=static, control=control)
-        self._asked = method
+        self._asked = self._fits = method
+        self._fits_to: tuple[TokenGeometry, int | None] | None = None
         self.model = model
         self.backend = backend
         self._module = None if module is None else weakref.ref(module)
@@ -128,6 +131,8 @@ class ModelRun(PlannedRun):
         self._answers.clear()
         self._actions.clear()
         self.ledger.geometry = str(geometry)
+        if isinstance(geometry, TokenGeometry):
+            self._fit_grid(geometry, step.steps)
         if begins and self.control is not None and isinstance(geometry, TokenGeometry):
             for note in self.control.begin(geometry):
                 self.ledger.flag(note, torch.tensor(False))
@@ -339,11 +344,35 @@ class ModelRun(PlannedRun):
             self._eligible.precision(query, name)  # what was named and cannot be is said before anything is planned
         return reason, "" if reason else name
 
+    def _fit_grid(self, geometry: TokenGeometry, steps: int | None) -> None:
+        """Take the method that fits a picture or a video; what was calibrated, and targets, know the method as it is."""
+        if self.static is not None or self.control is not None or self._fits_to == (geometry, steps):
+            return
+        self._fits_to = geometry, steps
+        method = with_dense_steps(self._asked.fitting(geometry), self.run_density, steps)
+        if method is not self._asked and not self._reaches(method, geometry, steps):
+            method = self._asked  # its remainder costs less
+        if method is self._fits:
+            return
+        self._forget()
+        self._fits = self._eligible.method = method
+        self._take(method)
+
+    def _reaches(self, method: Method, geometry: TokenGeometry, steps: int | None) -> bool:
+        """Whether a method can do with the work that was asked for."""
+        if self.run_density is None or not steps:
+            return True
+        try:
+            self._roles.sparse_density(self.run_density, steps, Policy(method), Planner(method), geometry, 1)
+        except ValueError:
+            return False
+        return True
+
     def _fit(self, query: Tensor) -> None:
         """Take the block sizes of the kernel that will serve such queries ``[B, S, H, D]``."""
-        if self._asked.hopper_blocks is None or self.static is not None:
+        if self._fits.hopper_blocks is None or self.static is not None:
             return
-        method = self._eligible.fitted(self._asked, query)
+        method = self._eligible.fitted(self._fits, query)
         if (method.block_q, method.block_k) == (self.method.block_q, self.method.block_k):
             return
         self._forget()

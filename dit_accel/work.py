@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_accel.compensate import make_compensation
+from dit_accel.compensate import WorkSizes, make_compensation
 from dit_accel.geometry import TokenGeometry
 from dit_accel.planner import Planner
 from dit_accel.policy import Policy
@@ -50,7 +50,14 @@ class LayerRoles:
         return self.leader[layer] if layer < len(self.leader) else layer
 
     def sparse_density(
-        self, run_density: float, steps: int, policy: Policy, planner: Planner, geometry: TokenGeometry, branches: int
+        self,
+        run_density: float,
+        steps: int,
+        policy: Policy,
+        planner: Planner,
+        geometry: TokenGeometry,
+        branches: int,
+        dim: int = 128,
     ) -> float:
         """Density of sparse steps that gives ``run_density`` over a whole run of all layers.
 
@@ -61,6 +68,7 @@ class LayerRoles:
             planner: knows what plans cost.
             geometry: where the tokens sit.
             branches: guidance branches that share one plan.
+            dim: channels of a head.
 
         Raises:
             ValueError: if it cannot be reached.
@@ -77,5 +85,6 @@ class LayerRoles:
             planning += 0.5 if policy.needs_lse and not beforehand else 0.0
             planning *= (len(self.planners) / sparse if self.leader else 1.0) / branches
         compensation = make_compensation(method.compensate)
-        extra = compensation.known_work(method.block_q) + (1 / method.block_k if compensation.pooled else 0.0)
+        sizes = WorkSizes(method.block_q, method.block_k, geometry.tokens, dim)
+        extra = compensation.known_work(sizes) + (1 / method.block_k if compensation.pooled else 0.0)
         return policy.sparse_density(target, steps, extra, planning, asked=run_density)

@@ -42,5 +42,6 @@ def sampled_count(blocks: int) -> int:
 def sampled_rows(blocks: int, device: torch.device) -> Tensor:
     """Evenly spread query blocks, int32 ``[sampled_count(blocks)]``."""
     count = sampled_count(blocks)
-    centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * blocks / count
-    return centres.to(torch.int32)
+    # The i-th is in the middle of its part: (i + 1/2) * blocks / count, rounded down.
+    centres = torch.arange(blocks, 2 * blocks * count, 2 * blocks, device=device, dtype=torch.int32)
+    return centres.floor_divide_(2 * count)

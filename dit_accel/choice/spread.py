@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dit_accel.choice._registry import CHOICES, kept_blocks, sampled_count, sampled_rows
@@ -36,4 +35,4 @@ def order_error(ctx: PlanContext, table: Tensor) -> Tensor:
 @CHOICES.register("spread", cost=_cost, scores=order_error)
 def spread(ctx: PlanContext, table: Tensor) -> Tensor:
     """The candidate whose skipped blocks would leave the least error by block statistics; needs no dense step."""
-    return order_error(ctx, table).nan_to_num(nan=torch.inf).argmin(0)
+    return order_error(ctx, table).argmin(0)

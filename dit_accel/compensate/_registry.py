@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dit_accel.context import PlanContext
     from dit_accel.plan import Plan
 
-__all__ = ["COMPENSATIONS", "Compensation", "SparseCall", "make_compensation"]
+__all__ = ["COMPENSATIONS", "Compensation", "SparseCall", "WorkSizes", "make_compensation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,22 @@ class SparseCall:
     key_valid: Tensor | None
     scale: float
     pooled: Pooled | None
+
+
+class WorkSizes(NamedTuple):
+    """What decides the work of a compensation besides the plan.
+
+    Attributes:
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+        tokens: length of the sequence.
+        dim: channels of a head.
+    """
+
+    block_q: int
+    block_k: int
+    tokens: int
+    dim: int
 
 
 class Compensation:
@@ -69,12 +85,16 @@ class Compensation:
         """Correct the output ``[B, H, S, D]``, in natural order; ``lse`` float32 ``[B, H, S]`` if it was asked for."""
         return out
 
+    def stays(self, plan: Plan) -> tuple[Tensor, ...]:
+        """Tensors that :meth:`finish` uses in each call of a plan, beyond those of the plan itself."""
+        return ()
+
     def work(self, ctx: PlanContext) -> float:
         """Work of a sparse call beyond blocks and pooled keys, as a share of dense attention."""
-        return self.known_work(ctx.block_q)
+        return self.known_work(WorkSizes(ctx.block_q, ctx.block_k, *ctx.query.shape[2:]))
 
-    def known_work(self, block_q: int) -> float:
-        """The part of :meth:`work` that the block size decides, known before a run."""
+    def known_work(self, sizes: WorkSizes) -> float:
+        """The part of :meth:`work` that sizes decide, known before a run."""
         return 0.0
 
 

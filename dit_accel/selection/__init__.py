@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dit_accel._discover import import_all
-from dit_accel.selection._ranked import with_best
+from dit_accel.selection._ranked import budget, with_best
 from dit_accel.selection._registry import SELECTIONS, Forced, Rule
+from dit_accel_kernels.select import keep_best
 
 __all__ = ["SELECTIONS", "Forced", "Rule", "level_share", "select"]
 
@@ -71,6 +72,8 @@ def select(
     Raises:
         ValueError: neither a density nor a strength is given.
     """
+    if insist is None and (kept := _keep_best(rule, scores, density, forced)) is not None:
+        return kept
     scores = torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0)
     if not SELECTIONS.trait(rule, "needs_mass", False):
         scores = scores.masked_fill(forced.cols, math.inf)
@@ -97,6 +100,25 @@ def select(
     if SELECTIONS.trait(rule, "may_be_empty", False):
         levels = torch.where((levels > 0).any(-1, keepdim=True), levels, with_best(levels > 0, scores).to(torch.uint8))
     return levels, _with_forced(known, levels, forced, insist)
+
+
+def _keep_best(rule: str, scores: Tensor, density: float | None, forced: Forced) -> tuple[Tensor, int | None] | None:
+    """What :func:`select` does, in two launches, for rules that keep a number of blocks of a row or a head."""
+    group = SELECTIONS.trait(rule, "keeps_best", None)
+    if group is None:
+        return None
+    made = SELECTIONS.create(rule, scores, forced)
+    share = made.strength if density is None else density
+    if share is None or made.bound is None:
+        return None
+    levels = keep_best(
+        scores,
+        budget(share, scores.shape[3] * (scores.shape[2] if group == "head" else 1)),
+        by_head=group == "head",
+        rows=forced.rows if forced.row_count else None,
+        cols=forced.cols if forced.col_count else None,
+    )
+    return levels, _with_forced(made.bound(share), levels, forced, None)
 
 
 def _with_forced(bound: int | None, levels: Tensor, forced: Forced, insist: Tensor | None) -> int | None:

@@ -22,7 +22,7 @@ def _rule(levels: Callable[[float], Tensor], share: float | None, bound: Callabl
     return Rule(levels, strength=share, is_density=True, bound=bound)
 
 
-@SELECTIONS.register("top_k", by_head=True, rows_on_top=True)
+@SELECTIONS.register("top_k", by_head=True, rows_on_top=True, keeps_best="row")
 def top_k(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each row, as many in every row."""
     blocks, rows = scores.shape[-1], scores[..., 0].numel()
@@ -71,7 +71,7 @@ def _best_of(scores: Tensor, start: int, density: float) -> Tensor:
     return with_best(keep_ranked(flat, budget(density, flat.shape[-1])).view_as(scores), scores).to(torch.uint8)
 
 
-@SELECTIONS.register("top_k_head", paper="arXiv 2506.23858", rows_on_top=True)
+@SELECTIONS.register("top_k_head", paper="arXiv 2506.23858", rows_on_top=True, keeps_best="head")
 def top_k_head(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks of each head, so that easy rows give to hard ones; at least one in each row."""
     size, rows = scores[0, 0].numel(), scores[..., 0].numel()

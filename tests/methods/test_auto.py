@@ -11,8 +11,9 @@ from driving import make_run, one_step
 from torch import Tensor
 
 from dit_accel.adapter import StepInfo
+from dit_accel.choice._registry import sampled_rows
 from dit_accel.choice.spread import order_error
-from dit_accel.compensate import make_compensation
+from dit_accel.compensate import WorkSizes, make_compensation
 from dit_accel.geometry import TokenGeometry
 from dit_accel.plan import execute
 from dit_accel.planner import Planner
@@ -103,6 +104,14 @@ def test_each_head_takes_the_order_that_leaves_least() -> None:
     assert left.argmin(0).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("blocks", [1, 5, 17, 64, 100, 333, 1182])
+def test_rows_are_sampled_in_the_middle_of_their_parts(blocks: int) -> None:
+    rows = sampled_rows(blocks, torch.device("cpu"))
+    assert rows.dtype == torch.int32
+    assert rows.tolist() == [math.floor((i + 0.5) * blocks / len(rows)) for i in range(len(rows))]
+    assert len(set(rows.tolist())) == len(rows)
+
+
 def test_the_correction_takes_away_much_of_the_error() -> None:
     q, k, v = smooth(HUNYUAN)
     exact = exact_output(q, k, v)
@@ -133,9 +142,9 @@ def test_several_mean_queries_a_block() -> None:
 
 
 def test_the_mean_queries_count_as_work() -> None:
-    assert make_compensation("query_mean").known_work(128) == 1 / 128
-    assert make_compensation("query_mean:32").known_work(128) == 1 / 32
-    assert make_compensation("query_mean:256").known_work(128) == 1 / 128
+    assert make_compensation("query_mean").known_work(WorkSizes(128, 64, 4096, 64)) == 1 / 128
+    assert make_compensation("query_mean:32").known_work(WorkSizes(128, 64, 4096, 64)) == 1 / 32
+    assert make_compensation("query_mean:256").known_work(WorkSizes(128, 64, 4096, 64)) == 1 / 128
 
 
 @pytest.mark.parametrize("spec", ["query_mean:48", "query_mean:0", "query_mean:-2", "query_mean:0.5"])
@@ -148,7 +157,7 @@ def test_bad_mean_queries(spec: str) -> None:
 @pytest.mark.parametrize("geometry", [FLUX, HUNYUAN], ids=["picture", "video"])
 def test_run_density_counts_the_rows_of_the_text(select: str, geometry: TokenGeometry) -> None:
     """Their rows are whole, which the other rows have to make up for."""
-    run = make_run("auto", 1, run_density=0.4, select=select, block_q=32, block_k=32, warmup=0.0)
+    run = make_run("auto", 1, run_density=0.4, select=select, block_q=32, block_k=32, warmup=0.0, pictures=())
     tensors = [x.transpose(1, 2) for x in inputs(geometry, seed=3)]
     for step in range(6):
         one_step(run, step, 6, geometry=geometry, tensors=lambda *_: (tensors[0], tensors[1], tensors[2]))
