@@ -147,6 +147,8 @@ class Recording(TorchDispatchMode):
     def _open(self, value: Any) -> Any:
         """An argument with its address left open."""
         if isinstance(value, Tensor):
+            if not value.numel():
+                return 0  # a view without elements has no address, wherever it was cut from
             found = self.address(value)
             return value.data_ptr() if found is None else found
         base = getattr(value, "base", None)
