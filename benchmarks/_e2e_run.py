@@ -49,7 +49,8 @@ _KEPT: dict[str, Any] = {
 #: the kernel alone, in the order of the tokens. "kept" and "hooked" say what we cost: everything kept, with tokens put in
 #: order and a pooled remainder, also in 8 bits, and our hook around dense attention.
 METHODS: dict[str, dict[str, Any]] = {
-    "auto": {"method": "auto", "refresh": (), "warmup": 0.0},
+    # With the form for videos everywhere: the one for pictures shares its work between sparse steps and dense ones.
+    "auto": {"method": "auto", "refresh": (), "warmup": 0.0, "pictures": ()},
     "plain": {"method": None, "score": "spread", "select": "top_k_head", "warmup": 0.0},
     "union": {"method": "union", "warmup": 0.0},
     "kept": _KEPT,

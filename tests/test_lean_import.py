@@ -44,6 +44,7 @@ print(json.dumps({{
 def _probe(module: str) -> dict[str, Any]:
     roots = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "patches", "eval"))
     env = {**os.environ, "PYTHONPATH": roots}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled once
     command = [sys.executable, "-c", PROBE.format(module=module)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
