@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from hopper import CUDNN, SHAPES, dense, graphed, make, to_lists
+from _hopper_inputs import SHAPES, make, to_lists
+from _turns import CUDNN, dense, graphed
 from torch import Tensor
 from torch.nn import functional as F
 

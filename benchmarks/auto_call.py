@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval"), str(Path(__file__).parent)]
 
 from _records import append  # noqa: E402
-from hopper import CUDNN, dense, in_turns, trust  # noqa: E402
+from _turns import CUDNN, dense, in_turns, trust  # noqa: E402
 from planning import Problem, say  # noqa: E402
 
 from dit_accel.plan import Plan, execute  # noqa: E402

@@ -14,61 +14,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from _hopper_inputs import CASES, FLUX_SHORT, LONG_CASES, SHAPES, make, remainder, to_lists
+from _hopper_windows import WINDOW_PLANS, warm_windows, window_cases
 from _timing import environment
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from _turns import CUDNN, Row, dense, graphed, in_turns, report, trust
 
 from dit_accel_kernels.block_sparse.hopper_specs import HopperConfig, hopper_config
-from dit_accel_kernels.lists import lists_from_levels, pack_bits
-from dit_accel_kernels.types import BlockLists, Pooled, TokenOrder
+from dit_accel_kernels.types import TokenOrder
 
-SHAPES = {
-    "H12 S32768 d128": (12, 32768, 128),
-    "H24 S16896 d128": (24, 16896, 128),
-    "H30 S17792 d64": (30, 17792, 64),
-    "H40 S75648 d128": (40, 75648, 128),
-}
-CASES = ((1.0, False), (0.5, False), (0.25, False), (0.1, False), (0.25, True), (0.1, True))
-LONG_CASES = ((0.25, False), (0.25, True))
-FLUX_SHORT = (24, 4608, 128)  # FLUX at 1024 x 1024 with its text
-# Stride, brick, and tokens of the blocks of queries and keys.
-WINDOW_PLANS: dict[str, tuple[Any, tuple[int, int, int], int, int]] = {
-    "GNA stride 16x8x8": ((16, 8, 8), (2, 8, 8), 128, 128),
-    "NA, bricks 8x4x4": (1, (8, 4, 4), 128, 128),
-    "NA, bricks 8x4x4 and halves": (1, (8, 4, 4), 128, 64),
-    "NA, bricks 4x4x4": (1, (4, 4, 4), 128, 64),
-    "NA, Triton, 4x4x4": (1, (4, 4, 4), 64, 64),
-}
 WARM_LIMIT_S = 60.0
-CUDNN = "cuDNN dense"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel on one case: median milliseconds of the rounds, rate, and the lowest and the highest rate."""
-
-    shape: str
-    case: str
-    what: str
-    ms: float
-    tflops: float
-    lowest: float
-    highest: float
 
 
 def variants(dim: int) -> dict[str, HopperConfig]:
@@ -79,36 +45,6 @@ def variants(dim: int) -> dict[str, HopperConfig]:
         "bias first": replace(base, late_bias=False),
         "consumers gather": replace(base, fetch=False),
     }
-
-
-def make(
-    heads: int, tokens: int, dim: int, density: float, uneven: bool = False, block_k: int = 128
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v ``[1, H, S, D]`` as views of ``[1, S, H, D]`` and levels ``[1, H, Qb, Kb]``, equal or uneven rows."""
-    gen = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, tokens, heads, dim, generator=gen, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for _ in range(3)
-    )
-    qb, kb = -(-tokens // 128), -(-tokens // block_k)
-    keep = torch.full((1, heads, qb, 1), max(1.0, round(density * kb)), device="cuda")
-    if uneven:  # exponential lengths: their standard deviation is about their mean
-        share = torch.empty(1, heads, qb, 1, device="cuda").exponential_(generator=gen)
-        keep = (keep * share).round().clamp(1, kb)
-    rank = torch.rand(1, heads, qb, kb, generator=gen, device="cuda").argsort(-1).argsort(-1)
-    return q, k, v, (rank < keep).to(torch.uint8)
-
-
-def to_lists(levels: Tensor, block_k: int = 128) -> BlockLists:
-    return replace(lists_from_levels(levels, 128, block_k), partial=None)
-
-
-def remainder(k: Tensor, v: Tensor, levels: Tensor) -> Pooled:
-    blocks = levels.shape[-1]
-    size = k.shape[2] // blocks
-    means = [x.float().reshape(1, x.shape[1], blocks, size, x.shape[3]).mean(3).to(x.dtype) for x in (k, v)]
-    bias = torch.full((1, 1, blocks), float(size), device=k.device).log()
-    return Pooled(means[0], means[1], bias, pack_bits(levels))
 
 
 def warm(dim: int, block_k: int, flags: str, name: str) -> int:
@@ -137,13 +73,6 @@ def warm(dim: int, block_k: int, flags: str, name: str) -> int:
     return int(not (error < 6e-3 and off < 2e-3))
 
 
-def warm_windows(name: str) -> int:
-    """Compile what a plan with windows needs, on a small grid, and compare some rows with the window spelled out."""
-    calls = window_calls((32, 32, 32), (18, 24, 24), 3, only=name)
-    sys.stdout.write(f"{len(calls)} windows right\n")
-    return int(not calls)
-
-
 def gate() -> dict[str, str]:
     """Warm all variants at once; returns what each that failed said."""
     tasks = [f"{dim} 128  default" for dim in (128, 64)] + ["128 128 n default"]
@@ -168,50 +97,6 @@ def gate() -> dict[str, str]:
         if process.returncode:
             failed[task] = said[-1500:]
     return failed
-
-
-def timed(call: Callable[[], Any], budget_s: float = 0.06) -> float:
-    """Median milliseconds of one call."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    count = max(3, min(30, int(budget_s / max(time.perf_counter() - began, 1e-6))))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, stop in events:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(stop) for start, stop in events))
-
-
-def in_turns(shape: str, case: str, calls: dict[str, tuple[Callable[[], Any], float]], rounds: int) -> list[Row]:
-    """Rows of a case: each call with its number of floating-point operations, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        # Whatever follows a heavier kernel finds a lower clock: each round has another order.
-        at = turn % len(names)
-        for name in (names[at:] + names[:at])[:: 1 if turn % 2 == 0 else -1]:
-            call = calls[name][0]
-            try:
-                times[name].append(timed(call))
-            except Exception as error:
-                sys.stdout.write(f"{shape} {case} {name}: {type(error).__name__} {str(error)[:120]}\n")
-    rows = []
-    for name, ms in times.items():
-        if ms:
-            rates = [1e-9 * calls[name][1] / x for x in ms]
-            rows.append(Row(shape, case, name, statistics.median(ms), statistics.median(rates), min(rates), max(rates)))
-    return rows
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor) -> None:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        F.scaled_dot_product_attention(q, k, v)
 
 
 def main_cases(shape: str, rounds: int) -> list[Row]:
@@ -313,30 +198,6 @@ def auto_cases(shape: str, rounds: int) -> list[Row]:
     return rows
 
 
-def graphed(call: Callable[[], Any], times: int = 8) -> Callable[[], Any]:
-    """The call, some times in a CUDA graph: what short calls take on the GPU alone."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
-    return graph.replay
-
-
-def trust(dim: int) -> None:
-    """Mark backends as tested: the gate has compared them with the reference, and a self-test compiles ten kernels."""
-    from dit_accel_kernels import backends
-
-    for name in ("hopper", "triton"):
-        for block_q, block_k in ((128, 128), (128, 64), (64, 64)):
-            where = backends._where(torch.device("cuda"))
-            backends._self_tests[name, where, torch.bfloat16, dim, block_q, block_k] = None
-
-
 def short_cases(rounds: int) -> list[Row]:
     """FLUX at 1024 x 1024: eight calls in a CUDA graph, and single calls from Python with what the host takes."""
     from dit_accel_kernels import block_sparse_attention
@@ -364,76 +225,6 @@ def short_cases(rounds: int) -> list[Row]:
     return rows
 
 
-def window_cases(rounds: int) -> list[Row]:
-    """Windows of 18 x 24 x 24 on HunyuanVideo's grid from natural order and back, permuting k and v included.
-
-    A stride of 16 x 8 x 8 splits no brick of 2 x 8 x 8; without a stride bricks are split. Rates count pairs in the window.
-    """
-    return in_turns("30x48x80 H24 d128", "window 0.09", window_calls((30, 48, 80), (18, 24, 24), 24), rounds)
-
-
-def window_calls(
-    grid: tuple[int, int, int], window: tuple[int, int, int], heads: int, only: str | None = None
-) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Dense attention and each of ``WINDOW_PLANS`` with its number of operations, once its rows have been compared."""
-    from dit_accel.geometry import TokenGeometry
-    from dit_accel.order.brick import brick
-    from dit_accel.windows import WindowSpec, token_windows, window_levels
-    from dit_accel_kernels import block_sparse_attention, permute_tokens
-
-    dim = 128
-    trust(dim)
-    geometry = TokenGeometry(grid)
-    tokens = geometry.tokens
-    q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
-    pairs = 4.0 * heads * dim * tokens * math.prod(window)
-    calls: dict[str, tuple[Callable[[], Any], float]] = {}
-    if only is None:
-        calls[CUDNN] = (partial(dense, q, k, v), 4.0 * heads * dim * tokens * tokens)
-    for name, (stride, size, block_q, block_k) in WINDOW_PLANS.items():
-        if only not in (None, name):
-            continue
-        spec, index = WindowSpec(window, stride), brick(grid, size)
-        levels = window_levels(geometry, spec, index, block_q, block_k).cuda()
-        lists, windows = lists_from_levels(levels, block_q, block_k), token_windows(geometry, spec, index)
-        whole = not bool((levels == 255).any())
-        lists = replace(lists, partial=None) if whole else lists
-        order = TokenOrder(index.int().cuda()[None], torch.zeros(heads, dtype=torch.int32, device="cuda"))
-        more = {} if whole else {"windows": type(windows)(*(x.cuda() for x in vars(windows).values()))}
-        visited = (levels != 0).float().mean().item()
-        sys.stdout.write(
-            f"{name}: visits {visited:.4f}, partial {(levels == 255).float().mean().item() / visited:.3f}\n"
-        )
-
-        def call(lists: BlockLists = lists, order: TokenOrder = order, more: dict[str, Any] = more) -> Any:
-            moved_k, moved_v = permute_tokens(k, order), permute_tokens(v, order)
-            return block_sparse_attention(q, moved_k, moved_v, lists, order=order, **more)
-
-        check_windows(q, k, v, call(), spec, geometry)
-        calls[name] = (call, pairs)
-    return calls
-
-
-def check_windows(q: Tensor, k: Tensor, v: Tensor, out: Tensor, spec: Any, geometry: Any) -> None:
-    """Compare some rows with the window spelled out.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    from dit_accel.windows import token_windows
-
-    windows = token_windows(geometry, spec)
-    rows = torch.randint(0, geometry.tokens, (40,))
-    lo, hi, code = windows.q_lo[:, rows, None], windows.q_hi[:, rows, None], windows.k_code[:, None]
-    seen = ((lo <= code) & (code < hi)).all(0).cuda()
-    picked = rows.cuda()
-    logits = (q[0][:, picked].float() @ k[0].float().mT * q.shape[3] ** -0.5).masked_fill(~seen, -torch.inf)
-    want = logits.softmax(-1) @ v[0].float()
-    error = ((out[0][:, picked].float() - want).norm() / want.norm()).item()
-    if not error < 8e-3:
-        raise RuntimeError(f"windows {spec}: relative error {error:.3g}")
-
-
 def cycles() -> None:
     """Two calls of each variant at each density."""
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
@@ -445,17 +236,6 @@ def cycles() -> None:
                 for _ in range(2):
                     block_sparse_hopper(q, k, v, to_lists(levels), scale=dim**-0.5, config=config)
     torch.cuda.synchronize()
-
-
-def report(rows: list[Row]) -> None:
-    dense_rates = {(row.shape, row.case): row.tflops for row in rows if row.what == CUDNN}
-    sys.stdout.write(f"{'shape':<16} {'case':<12} {'kernel':<24} {'ms':>8} TFLOP/s  lowest highest  of cuDNN\n")
-    for row in rows:
-        ratio = row.tflops / dense_rates.get((row.shape, row.case), float("nan"))
-        sys.stdout.write(
-            f"{row.shape:<16} {row.case:<12} {row.what:<24} {row.ms:>8.3f} {row.tflops:>7.0f} {row.lowest:>7.0f} "
-            f"{row.highest:>7.0f} {ratio:>9.3f}\n"
-        )
 
 
 def save(rows: list[Row]) -> None:

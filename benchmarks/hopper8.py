@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from _eight_bit_calls import Problem, case_calls, peers, quantiser_calls, run, variants
+from _hopper_inputs import SHAPES, make, to_lists
 from _timing import environment
-from hopper import SHAPES, Row, in_turns, make, report, to_lists
+from _turns import Row, in_turns, report
 
 from dit_accel_eval.files import write_json
 from dit_accel_kernels.quantize import PRECISIONS, quantize_qkv

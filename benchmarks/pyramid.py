@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hopper import CUDNN, Row, dense, in_turns, report, to_lists
+from _hopper_inputs import to_lists
+from _turns import CUDNN, Row, dense, in_turns, report
 from torch import Tensor
 
 from dit_accel_kernels import gathered_from_mask, pyramid

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "eval", "benchmarks")]
 
 from _records import append  # noqa: E402
-from hopper import CUDNN, dense, in_turns  # noqa: E402
+from _turns import CUDNN, dense, in_turns  # noqa: E402
 
 from dit_accel_kernels import block_stats, pack_bits  # noqa: E402
 from dit_accel_kernels.query_means import add_query_means_, mean_queries, mean_query_residual  # noqa: E402
