@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sol, bricks": ("sol", {"order": "brick"}),
     "sol, Morton": ("sol", {"order": "morton"}),
     "pisa, bricks": ("pisa", {"order": "brick"}),
-    "auto, 64 x 64": ("auto", {"block_q": 64}),
+    "auto, 128 x 64": ("auto", {"block_q": 128, "block_k": 64}),
     "auto, nothing kept": ("auto", {"compensate": "first_order:64", "warmup": 0.0, "dense_share": 0.0}),
     "auto, query means": ("auto", {"compensate": "residual:query_mean,64"}),
     "auto, as for video": ("auto", {"pictures": ()}),
