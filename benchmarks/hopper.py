@@ -199,23 +199,30 @@ def auto_cases(shape: str, rounds: int) -> list[Row]:
 
 
 def short_cases(rounds: int) -> list[Row]:
-    """FLUX at 1024 x 1024: eight calls in a CUDA graph, and single calls from Python with what the host takes."""
+    """FLUX at 1024 x 1024: eight calls in a CUDA graph, and single calls from Python with what the host takes.
+
+    "hopper, long lists" is the kernel that longer sequences get, on the same lists.
+    """
     from dit_accel_kernels import block_sparse_attention
     from dit_accel_kernels.block_sparse.hopper_launch import block_sparse_hopper
 
     heads, tokens, dim = FLUX_SHORT
     trust(dim)
     shape, rows = f"H{heads} S{tokens} d{dim}", []
-    for density in (1.0, 0.5, 0.25, 0.1):
-        q, k, v, levels = make(heads, tokens, dim, density)
+    long_lists = replace(hopper_config(dim), short_tiles=0.0)
+    for density, uneven in ((0.1, False), (0.1, True), (0.25, False), (0.25, True), (0.5, False), (1.0, False)):
+        q, k, v, levels = make(heads, tokens, dim, density, uneven)
         lists, work = to_lists(levels), 4.0 * 128 * 128 * dim * int(levels.sum())
         full = 4.0 * heads * tokens * tokens * dim
         call = partial(block_sparse_hopper, q, k, v, lists, scale=dim**-0.5, return_lse=False)
         calls: dict[str, tuple[Callable[[], Any], float]] = {
             CUDNN: (graphed(partial(dense, q, k, v)), 8 * full),
             "hopper": (graphed(call), 8 * work),
+            "hopper, long lists": (graphed(partial(call, config=long_lists)), 8 * work),
         }
-        rows += in_turns(shape, f"{density} graph", calls, rounds)
+        rows += in_turns(shape, f"{density}{' uneven' * uneven} graph", calls, rounds)
+        if uneven:
+            continue
         calls = {
             CUDNN: (partial(dense, q, k, v), full),
             "hopper": (call, work),

@@ -97,8 +97,8 @@ def _target(name: str) -> Any:
     return GPUTarget("hip", name, 64)
 
 
-def _nvidia_resources(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes of a thread, from a second run of the assembler that Triton bundles."""
+def _nvidia_resources(ptx: str, capability: int, options: str) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread, from a second run of the assembler that Triton bundles, with ``options``."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
@@ -106,7 +106,8 @@ def _nvidia_resources(ptx: str, capability: int) -> tuple[int, int]:
         path = os.path.join(folder, "kernel.ptx")
         with open(path, "w", encoding="utf-8") as file:
             file.write(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", path, "-o", os.path.join(folder, "out")]
+        command = [get_ptxas(capability).path, "-v", *options.split(), f"--gpu-name={arch}", path]
+        command += ["-o", os.path.join(folder, "out")]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
@@ -142,7 +143,8 @@ def check(module: str, name: str, target: str) -> AotResult:
     try:
         kernel = triton.compile(_source(spec), target=_target(target), options=dict(spec.options))
         if target.startswith("sm_"):
-            registers, spills = _nvidia_resources(kernel.asm["ptx"], int(target[3:]))
+            options = spec.options.get("ptx_options", "")
+            registers, spills = _nvidia_resources(kernel.asm["ptx"], int(target[3:]), options)
         else:
             registers, spills = _amd_resources(kernel.asm["amdgcn"])
     except Exception as error:  # a compiler fails in many ways; each is the result

@@ -27,7 +27,8 @@ for spec in AOT_SPECS:
         ptx, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
         with open(ptx, "w") as file:
             file.write(kernel.asm["ptx"])
-        command = [os.path.join(tools, "ptxas"), "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
+        options = spec.options.get("ptx_options", "").split()
+        command = [os.path.join(tools, "ptxas"), "-v", *options, "--gpu-name=sm_90a", ptx, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [os.path.join(tools, "cuobjdump"), "-sass", cubin]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout

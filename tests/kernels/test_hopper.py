@@ -55,6 +55,7 @@ class Case:
     fast: bool | None = None
     lse: bool = True
     stages: int | None = None
+    short: float = 0.0  # rows of up to so many tiles go to the kernel for short lists
     seed: int = 0
 
 
@@ -91,7 +92,8 @@ def run_case(case: Case) -> None:
         k, v = k.masked_fill(unseen, torch.nan), v.masked_fill(unseen, torch.nan)
     config = hopper_config(case.dim)
     wishes = {name: getattr(case, name) for name in ("stages", "fast")}
-    config = replace(config, max_programs=case.programs, **{n: x for n, x in wishes.items() if x is not None})
+    wishes = {name: x for name, x in wishes.items() if x is not None}
+    config = replace(config, max_programs=case.programs, short_tiles=case.short, **wishes)
     valid = None
     if case.valid:
         valid = torch.rand(case.batch, case.sk, generator=gen) < 0.8

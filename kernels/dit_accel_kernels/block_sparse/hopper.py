@@ -30,6 +30,8 @@ from triton.language import int64
 from .hopper_load import producer
 from .hopper_specs import aot_specs
 from .hopper_steps import (
+    any_vote,
+    eight,
     fast_step,
     finish,
     first_start,
@@ -40,6 +42,7 @@ from .hopper_steps import (
     release_queries,
     step,
     total,
+    vote,
 )
 from .hopper_windows import bounds
 
@@ -71,9 +74,9 @@ def _queries(
 ):  # fmt: skip
     """The queries of a job in registers. Strides come in units of 8 elements, so that 16 bytes are read at once."""
     if GATHER:
-        q += i_b.to(gl.int64) * (q_b * 8) + i_h.to(gl.int64) * (q_h * 8)
+        q += i_b.to(gl.int64) * eight(q_b) + i_h.to(gl.int64) * eight(q_h)
         table += gl.load(head_row + i_h) * table_s
-        gather_rows(q, table, q_s * 8, table_s, i_q * 128 + i_w * 64, q_tile, D, DIM, ROWS)
+        gather_rows(q, table, eight(q_s), table_s, i_q * 128 + i_w * 64, q_tile, D, DIM, ROWS)
     return q_tile.load(LAYOUT)
 
 
@@ -92,13 +95,16 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    # Whether ``acc`` is set to 0 between jobs; otherwise the first product with values does not add to what is in it.
+    # Whether ``acc`` is set to 0 between jobs; otherwise the first product with values does not add to what is in it:
+    # ``more`` says whether the last one of a job is not its first.
     ZERO: gl.constexpr = D == 64
     q_buf = q_bufs.index(i_w)
     q_tile = q_buf.reshape([64, D])
     # As if a job without a number had come before, which ``info`` says: its weights are 0, its values are what the memory
     # holds.
     stage, phase, slot = STAGES - 1, 1, 0
+    more = True if D == 64 else gl.to_tensor(False)
+    votes = failed.slice(2 + i_w, 1)
     acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
     p = gl.zeros([64, 128], k_bufs.dtype, layout=P_LAYOUT)
     row_max = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
@@ -107,9 +113,6 @@ def _consumer(
     told = _read(info, 0, D == 64)
     job = _number(told, 0)
     while job != -1:
-        done = _read(info, slot ^ 1, D == 64)
-        done_job, o_q, o_h, o_b = _number(done, 0), _number(done, 4), _number(done, 5), _number(done, 6)
-        n_biased, n_plain, careful = _number(told, 1), _number(told, 2), _number(told, 3)
         i_q, i_h, i_b = _number(told, 4), _number(told, 5), _number(told, 6)
         q_op = _queries(
             q, table, head_row, q_b, q_h, q_s, table_s, i_q, i_h, i_b, q_tile, i_w,
@@ -122,24 +125,24 @@ def _consumer(
         else:
             bias = extras
         acc, s, stage, phase = first_start(
-            acc, p, q_op, k_bufs, v_bufs, bias, bars, stage, phase,
-            True if ZERO else _number(done, 1) + _number(done, 2) > 1, S_LAYOUT, D, STAGES, BIAS,
+            acc, p, q_op, k_bufs, v_bufs, bias, bars, stage, phase, more, S_LAYOUT, D, STAGES, BIAS,
         )  # fmt: skip
+        done = _read(info, slot ^ 1, D == 64)
         # While the two products run: whether the job before came out right.
         wrong = 0
         if FAST:
             # Weights and their sums within 2^-60 and 2^100: none has overflown, none that matters is lost.
             fine = (done_sum > 8.7e-19) & (done_sum < 1.2e30)
-            wrong = gl.max(gl.where(fine | (_number(done, 3) != 0), 0, 1), 0)
-        if HAS_LSE and not GATHER:
-            put_lse(
-                row_max, done_sum, lse + (o_b * heads + o_h) * table_s, table, table_s, o_q * 128 + i_w * 64,
-                (wrong == 0) & (done_job >= 0), False,
-            )  # fmt: skip
+            vote(votes, gl.where(fine | (_number(done, 3) != 0), 0, 1))
         done_max = row_max
         acc, p, row_max, shares = first_tile(
             acc, p, s, bias, bars, stage, scale2, _number(told, 7), S_LAYOUT, FAST, BIAS
         )
+        # Read again, like what was told below: registers are short while both products run.
+        done = _read(info, slot ^ 1, D == 64)
+        done_job, o_q, o_h, o_b = _number(done, 0), _number(done, 4), _number(done, 5), _number(done, 6)
+        if FAST:
+            wrong = any_vote(votes)
         if wrong != 0:
             LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
             failed.slice(i_w, 1).store(gl.full([1], 0, gl.int32, LINE) + done_job)
@@ -150,13 +153,15 @@ def _consumer(
                 table_here = table
             finish(
                 acc, inverse_sum(done_sum), q_buf, desc_o, out, table_here, table_s, o_q, o_h, o_b,
-                out_b * 8, out_h * 8, out_s * 8, i_w, D, DIM, GATHER, ROWS,
+                out_b, out_h, out_s, i_w, D, DIM, GATHER, ROWS,
             )  # fmt: skip
-            if HAS_LSE and GATHER:
+            if HAS_LSE:
                 put_lse(
                     done_max, done_sum, lse + (o_b * heads + o_h) * table_s, table_here, table_s, o_q * 128 + i_w * 64,
-                    True, True,
+                    True, GATHER,
                 )  # fmt: skip
+        told = _read(info, slot, D == 64)
+        n_biased, n_plain, careful = _number(told, 1), _number(told, 2), _number(told, 3)
         if ZERO:
             acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
         if not FAST:
@@ -196,6 +201,8 @@ def _consumer(
             )  # fmt: skip
             if t + n_biased == RELEASE:
                 release_queries(q_empty.index(i_w), GATHER)
+        if not ZERO:
+            more = n_biased + n_plain > 0
         done_sum = total(shares, S_LAYOUT)
         slot ^= 1
         mbarrier.wait(q_full.index(i_w), slot)
@@ -237,7 +244,8 @@ def block_sparse_hopper_kernel(
     else:
         extras = gl.allocate_shared_memory(gl.float32, [STAGES, 128], FLAT)
     info = gl.allocate_shared_memory(gl.int32, [2, 8], FLAT)
-    failed = gl.allocate_shared_memory(gl.int32, [2], FLAT)
+    # Job numbers of either consumer, and its votes.
+    failed = gl.allocate_shared_memory(gl.int32, [4], FLAT)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -251,7 +259,7 @@ def block_sparse_hopper_kernel(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     info.index(1).store(gl.full([8], -2, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
-    failed.store(gl.full([2], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    failed.slice(0, 2).store(gl.full([2], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     fence_async_shared()
     bars = (k_full, v_full, empty)
     shared = (q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars)

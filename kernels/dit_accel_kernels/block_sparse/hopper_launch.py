@@ -13,7 +13,9 @@ from .._launch import launch
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
 from .hopper_call import QUERIES, hopper_call
-from .hopper_specs import HopperConfig, hopper_config
+from .hopper_short_launch import launch_short
+from .hopper_short_specs import is_short
+from .hopper_specs import PTX_OPTIONS, HopperConfig, hopper_config, spares_registers
 from .near import packed_windows
 
 __all__ = [
@@ -169,6 +171,7 @@ def block_sparse_hopper(
     )
     args = call.args | list_args(lists) | pooled_args(pooled) | _window_args(windows, pooled, lists)
     has_partial = lists.partial is not None
+    plain = order is None and pooled is None and windows is None and key_valid is None
     with torch.cuda.device(q.device):
         launch(longest_first_kernel, (max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),))(
             *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
@@ -181,6 +184,9 @@ def block_sparse_hopper(
             PDL=True,
             launch_pdl=True,
         )
+        if plain and call.constants["FAST"] and is_short(lists, config):
+            launch_short(call, args, has_partial, assembler_options())
+            return call.out, call.lse
         launch(block_sparse_hopper_kernel, (call.programs,))(
             **args,
             **call.constants,
@@ -189,6 +195,7 @@ def block_sparse_hopper(
             FETCH=config.fetch,
             RELEASE=0 if config.early_release else 1,
             launch_pdl=True,
+            **(assembler_options() if spares_registers(q.shape[3]) else {}),
         )
     return call.out, call.lse
 
@@ -205,6 +212,14 @@ def _window_args(windows: TokenWindows | None, pooled: Pooled | None, lists: Blo
 @lru_cache(maxsize=16)
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=1)
+def assembler_options() -> dict[str, str]:
+    """What the kernel's launch says to ptxas, where this Triton passes it on."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return {"ptx_options": PTX_OPTIONS} if "ptx_options" in CUDAOptions.__dataclass_fields__ else {}
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper_steps import next_stage, split_job
+from .hopper_steps import eight, next_stage, on_the_spot, split_job
 from .hopper_windows import biased_tiles, key_bits
 
 __all__ = ["describe", "producer"]
@@ -142,14 +142,27 @@ def _load_tile(
 
 
 @gluon.jit
+def _pooled_bias(bias, bits, start, kb, inv_scale):
+    """What is added to the pooled keys from ``start`` on, ``[128]``; each lane has four of them and reads one word."""
+    KEYS: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
+    o_4 = start + 4 * gl.arange(0, 32, layout=gl.SliceLayout(1, KEYS))
+    word = gl.load(bits + o_4 // 32, mask=o_4 < kb, other=-1) >> (o_4 % 32)
+    part = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, KEYS)), 0)
+    o_k = gl.expand_dims(o_4, 1) + part
+    extra = gl.load(bias + o_k, mask=o_k < kb, other=float("-inf")) * inv_scale
+    extra = gl.where(((gl.expand_dims(word, 1) >> part) & 1) == 0, extra, float("-inf"))
+    return gl.convert_layout(extra.reshape([128]), gl.BlockedLayout([4], [32], [1], [0]))
+
+
+@gluon.jit
 def _collect(failed, again, head):
     """Put the job whose output the consumers have just written on the list of those to repeat if it must."""
     LINE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    job = gl.max(failed.load(LINE), 0)
+    job = gl.max(failed.slice(0, 2).load(LINE), 0)
     if job >= 0:
         gl.store(again + job, head)
         head = job
-        failed.store(gl.full([2], -1, gl.int32, LINE))
+        failed.slice(0, 2).store(gl.full([2], -1, gl.int32, LINE))
         gl.thread_barrier()
     return head
 
@@ -171,13 +184,13 @@ def _fetch_queries(
     tokens.store(token)
     gl.thread_barrier()
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))
-    q += i_b.to(gl.int64) * (q_b * 8) + i_h.to(gl.int64) * (q_h * 8)
+    q += i_b.to(gl.int64) * eight(q_b) + i_h.to(gl.int64) * eight(q_h)
     for i in gl.static_range(8):
         row = tokens.slice(i * 8, 8).load(gl.SliceLayout(1, ROWS))
         there = gl.expand_dims(row >= 0, 1)
         if DIM < D:
             there = there & gl.expand_dims(o_d < DIM, 0)
-        at = q + gl.expand_dims(gl.maximum(row, 0).to(gl.int64) * (q_s * 8), 1) + gl.expand_dims(o_d, 0)
+        at = q + gl.expand_dims(gl.maximum(row, 0).to(gl.int64) * eight(q_s), 1) + gl.expand_dims(o_d, 0)
         async_copy.async_copy_global_to_shared(q_tile.slice(i * 8, 8), at, mask=there)
     # Counts up by the lanes, each of which counts down once its copies are there.
     async_copy.mbarrier_arrive(bar)
@@ -188,7 +201,7 @@ def _fetch_queries(
 @gluon.jit
 def describe(job, n_biased, n_plain, careful, i_q, i_h, i_b, masked, WARPS: gl.constexpr = 1):
     """What consumers are told about a job, ``[8]``, in this order."""
-    o = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    o = on_the_spot(gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))
     x = gl.where(o == 0, job, gl.where(o == 1, n_biased, gl.where(o == 2, n_plain, careful)))
     x = gl.where(o == 4, i_q, gl.where(o == 5, i_h, x))
     return gl.where(o == 6, i_b, gl.where(o == 7, masked, x))
@@ -262,10 +275,7 @@ def producer(
             p_bias = bias + (i_b * bias_b + i_h * bias_h)
             p_bits = bits + (i_b * bits_b + i_h * bits_h + i_q * words)
             for start in range(0, gl.where(job < 0, 0, kb), 128):
-                o_k = start + gl.arange(0, 128, layout=LINE)
-                word = gl.load(p_bits + o_k // 32, mask=o_k < kb, other=-1)
-                extra = gl.load(p_bias + o_k, mask=o_k < kb, other=float("-inf")) * inv_scale
-                extra = gl.where(((word >> (o_k % 32)) & 1) == 0, extra, float("-inf"))
+                extra = _pooled_bias(p_bias, p_bits, start, kb, inv_scale)
                 stage, phase = _load_tile(
                     desc_pk, desc_pv, i_b, i_h, start // 128, 0, extra, k_bufs, v_bufs, extras, bars, stage, phase,
                     True, D, 1, STAGES,
@@ -293,8 +303,12 @@ def producer(
                     )  # fmt: skip
                 else:
                     extra = gl.where(here, 0.0, float("-inf"))
+            last, size = tiles, n
+            if FETCHED or WINDOWS:
+                # What follows from them is computed here: more is known before the loop than 24 registers hold.
+                last, size = on_the_spot(tiles), on_the_spot(n)
             if t + 1 < tiles:
-                next_one, next_two = _blocks(ids, n, first, t + 1, kb, PARTS)
+                next_one, next_two = _blocks(ids, size, first, t + 1, kb, PARTS)
             stage, phase = _load_tile(
                 desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase,
                 t < n_biased, D, PARTS, STAGES, WINDOWS,
@@ -302,16 +316,16 @@ def producer(
             one, two = next_one, next_two
             # The next job is claimed late: one that is claimed during a long job waits for its end, though others are
             # idle. Each of these three reads takes about as long as a tile.
-            if t == gl.maximum(tiles - 5 - EARLY, 0):
+            if t == gl.maximum(last - 5 - EARLY, 0):
                 _wait_for_order()
                 claim = _claim(counter)
-            if t == gl.maximum(tiles - 3 - EARLY, 0):
+            if t == gl.maximum(last - 3 - EARLY, 0):
                 number = programs + _claimed(claim)
                 next_job, next_begin, next_full, next_n = _read_row(
                     row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
                 )
             # Its queries follow once those of this job have left their buffer.
-            if t == gl.maximum(tiles - 2 - EARLY, gl.minimum(tiles - 1, STAGES + RELEASE)):
+            if t == gl.maximum(last - 2 - EARLY, gl.minimum(last - 1, STAGES + RELEASE)):
                 for w in gl.static_range(2):
                     mbarrier.wait(q_empty.index(w), q_phase ^ 1)
                 q_phase ^= 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..aot_spec import AotSpec
 
-__all__ = ["HopperConfig", "aot_specs", "hopper_config", "padded", "tile_layout"]
+__all__ = ["PTX_OPTIONS", "HopperConfig", "aot_specs", "hopper_config", "padded", "spares_registers", "tile_layout"]
+
+# Without it ptxas spills more at head size 128, and copies registers in the loops of one consumer.
+PTX_OPTIONS = "--register-usage-level=0"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class HopperConfig:
         consumer_regs: registers of a thread of either consumer; the three groups of warps share 504 a lane.
         producer_regs: registers of a thread of the producer.
         early_release: the buffer of the queries is given back one tile after the output has been put there; otherwise two.
+        short_tiles: rows of at most this many tiles of 128 keys on average go to :mod:`.hopper_short` if it can serve them.
     """
 
     stages: int
@@ -36,17 +40,25 @@ class HopperConfig:
     consumer_regs: int = 240
     producer_regs: int = 24
     early_release: bool = True
+    short_tiles: float = 0.0
 
 
 def hopper_config(head_dim: int) -> HopperConfig:
     """The shape for a head size of up to 128: the deepest ring that fits, and groups whose keys stay in the L2 cache."""
     parts = 128 // padded(head_dim)
-    return HopperConfig(stages=3 * parts, sorted_rounds=4 * parts, early_release=parts == 1)
+    # Rows of up to 64 tiles are done faster as short lists at every density, of up to 132 or at head size 64 not at all.
+    short = 64.0 if parts == 1 else 0.0
+    return HopperConfig(stages=3 * parts, sorted_rounds=4 * parts, early_release=parts == 1, short_tiles=short)
 
 
 def padded(head_dim: int) -> int:
     """Columns of a head in shared memory; TMA fills those that the tensor does not have with 0."""
     return 64 if head_dim <= 64 else 128
+
+
+def spares_registers(head_dim: int) -> bool:
+    """Whether ptxas is asked to: at head size 64 there are enough of them, and a step takes 2 % longer with it."""
+    return padded(head_dim) == 128
 
 
 def tile_layout() -> str:
@@ -58,9 +70,8 @@ def tile_layout() -> str:
 
 
 # What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper_aot).
-# The producer has 24 registers and asks for the queries of an order; loops with windows reload two words a tile.
-_SPILLS = {64: 16, 128: 150}
-_MORE_SPILLS = {"GATHER": 175, "HAS_WINDOWS": 40}
+# Mostly the producer, which has 24 registers and asks for the queries of an order, and the bounds of windows.
+_SPILLS = {"HAS_POOLED": 8, "GATHER": 56, "HAS_WINDOWS": 40}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
     "lse": "*fp32",
@@ -97,7 +108,12 @@ def aot_specs(kernel: Any) -> list[AotSpec]:
         ("ragged+valid+order", 96, 64, "bf16", every | {"GATHER": True, "HAS_VALID": True, "HAS_POOLED": False}),
         ("ragged+valid", 64, 64, "fp16", every | {"HAS_VALID": True, "HAS_POOLED": False}),
     ]
-    return [_spec(kernel, *case) for case in cases]
+    specs = [(case[1], _spec(kernel, *case)) for case in cases]
+    return [spec if spares_registers(dim) else replace(spec, options=_without_ptx(spec)) for dim, spec in specs]
+
+
+def _without_ptx(spec: AotSpec) -> dict[str, Any]:
+    return {name: value for name, value in spec.options.items() if name != "ptx_options"}
 
 
 def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: dict[str, Any]) -> AotSpec:
@@ -148,9 +164,9 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
         fn=kernel,
         signature=signature,
         constexprs=values,
-        options={"num_warps": 4, "launch_pdl": True},
+        options={"num_warps": 4, "launch_pdl": True, "ptx_options": PTX_OPTIONS},
         targets=("sm_90",),
-        max_spill_bytes=_SPILLS[d] + sum(more for flag, more in _MORE_SPILLS.items() if values[flag]),
+        max_spill_bytes=sum(most for flag, most in _SPILLS.items() if values[flag]),
         gluon=True,
         divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*") and n not in _UNALIGNED),
     )

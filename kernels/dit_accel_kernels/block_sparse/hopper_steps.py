@@ -15,6 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_windows import hide, row_bits
 
 __all__ = [
+    "any_vote",
+    "eight",
     "fast_step",
     "finish",
     "first_start",
@@ -22,11 +24,13 @@ __all__ = [
     "gather_rows",
     "inverse_sum",
     "next_stage",
+    "on_the_spot",
     "put_lse",
     "release_queries",
     "split_job",
     "step",
     "total",
+    "vote",
 ]
 
 
@@ -44,6 +48,18 @@ def split_job(job, qb, heads):
     """Query block, head and batch element of a job; neighbours share a head, whose keys stay in L2."""
     rest = job // qb
     return job - rest * qb, rest % heads, rest // heads
+
+
+@gluon.jit
+def on_the_spot(x):
+    """``x``, of 32 bits; what follows from it is computed here, not ahead of loops over which it would be kept."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def eight(x):
+    """``8 * x``, a 64-bit stride, multiplied where it is used: LLVM would do it at the entry and keep the result."""
+    return gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], dtype=gl.int64, is_pure=False, pack=1) * 8
 
 
 @gluon.jit
@@ -119,13 +135,14 @@ def _wait_values(acc, p, new_p, shares):
     """Wait for the product with the values, not before the exponentials of the new weights are under way.
 
     ptxas would move this wait up to that for the logits, or exponentials behind it, so that nothing ran under the product.
-    It moves neither across a branch that depends on the sums of the weights. Sums of positive numbers are not negative, so
-    nobody sleeps. The new weights pass through the wait to keep LLVM from moving them.
+    It moves neither across a branch that depends on the sums of the weights. Nobody sleeps, unless the job fails anyway;
+    ptxas would know that sums of exponentials are not negative. The new weights pass through the wait to keep LLVM from
+    moving them.
     """
     shares = gl.inline_asm_elementwise(
         """{
         .reg .pred odd; .reg .f32 sum;
-        add.f32 sum, $2, $3; setp.lt.f32 odd, sum, 0f00000000;
+        add.f32 sum, $2, $3; setp.gt.f32 odd, sum, 0f7E967699;
         @odd nanosleep.u32 1;
         mov.f32 $0, $2; mov.f32 $1, $3;
         }""",
@@ -133,6 +150,29 @@ def _wait_values(acc, p, new_p, shares):
     )  # fmt: skip
     acc, p, new_p = warpgroup_mma_wait(0, deps=[acc, p, new_p])
     return acc, p, new_p, shares
+
+
+def _all_at_once() -> str:
+    """Assembly that passes 32 registers on and, for all that ptxas knows, needs their exclusive or before."""
+    passed = " ".join(f"mov.b32 ${i}, ${i + 32};" for i in range(32))
+    folded = " ".join(f"lop3.b32 all, all, ${i + 32}, ${i + 33}, 0x96;" for i in range(0, 32, 2))
+    return (
+        f"{{ .reg .b32 all; .reg .pred odd; mov.b32 all, 0; {folded} "
+        f"setp.eq.u32 odd, all, 0x7f81ff81; @odd nanosleep.u32 1; {passed} }}"
+    )
+
+
+_ALL_AT_ONCE = gl.constexpr(_all_at_once())
+_REGISTERS = gl.constexpr(",".join(["=r"] * 32 + ["r"] * 32))
+
+
+@gluon.jit
+def _packed(p):
+    """``p [64, 128]`` in 32 registers a thread from here on.
+
+    Otherwise ptxas keeps the weights in 64 while the output of the job before is written, and rounds them afterwards.
+    """
+    return gl.inline_asm_elementwise(_ALL_AT_ONCE, _REGISTERS, [p], dtype=p.dtype, is_pure=False, pack=64)
 
 
 @gluon.jit
@@ -163,6 +203,8 @@ def first_tile(
     shares = _shares(weights)
     new_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     acc, p, new_p, shares = _wait_values(acc, p, new_p, shares)
+    if acc.shape[1] == 128:
+        new_p = _packed(new_p)
     release(bars[2].index(stage))
     if FAST:
         # No key of this tile counts for the row: the weights of the others are relative to 0.
@@ -250,8 +292,8 @@ def finish(
         if DIM < D:
             there = there & gl.expand_dims(o_d < DIM, 0)
         token = gl.load(table + o_m, mask=o_m.to(gl.int64) < table_s, other=0).to(gl.int64)
-        p_out = out + i_b.to(gl.int64) * out_b + i_h.to(gl.int64) * out_h
-        p_out = p_out + gl.expand_dims(token * out_s, 1) + gl.expand_dims(o_d, 0)
+        p_out = out + i_b.to(gl.int64) * eight(out_b) + i_h.to(gl.int64) * eight(out_h)
+        p_out = p_out + gl.expand_dims(token * eight(out_s), 1) + gl.expand_dims(o_d, 0)
         gl.store(p_out, q_tile.load(ROWS), mask=there)
     else:
         fence_async_shared()
@@ -272,6 +314,22 @@ def inverse_sum(row_sum):
     """What normalises rows with these sums of weights."""
     empty = row_sum == 0.0
     return gl.where(empty, 0.0, _approximate("rcp", gl.where(empty, 1.0, row_sum)))
+
+
+@gluon.jit
+def vote(votes, wrong):
+    """Leave in ``votes``, a word, for each warp whether any of its 16 rows is ``wrong``, ``[64]``.
+
+    A reduction over all rows would do the same with two barriers of its own and addresses that are kept over all loops.
+    """
+    four = votes._reinterpret(gl.int8, [4], votes.layout)
+    four.store(gl.max(wrong.reshape([4, 16]), 1).to(gl.int8))
+
+
+@gluon.jit
+def any_vote(votes):
+    """Not 0 if any warp has voted so; a barrier of the warpgroup must lie between."""
+    return gl.max(votes.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit

@@ -167,12 +167,12 @@ def _load_tile(
 def _collect(failed, again, head):
     """Put the job whose output the consumers have just written on the list of those to repeat if it must."""
     LINE: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    job = gl.max(failed.load(LINE), 0)
+    job = gl.max(failed.slice(0, 2).load(LINE), 0)
     gl.thread_barrier()
     if job >= 0:
         gl.store(again + job, head)
         head = job
-        failed.store(gl.full([2], -1, gl.int32, LINE))
+        failed.slice(0, 2).store(gl.full([2], -1, gl.int32, LINE))
         gl.thread_barrier()
     return head
 

@@ -11,7 +11,7 @@ __all__ = ["aot_specs"]
 
 
 # As of the block-sparse kernel, and what a thread of the producer keeps over its loops.
-_SPILLS = {64: 60, 128: 400}
+_SPILLS = {64: 60, 128: 140}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
     **dict.fromkeys(("more_start", "more_count", "more_indices"), "*i32"),
