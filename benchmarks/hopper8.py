@@ -5,10 +5,10 @@
 As in ``hopper.py``, each variant must first agree with the reference in a process of its own, and all kernels of a case
 take turns. Rates are 4 * visited pairs * D / time. "+ quantise" counts the time of the quantiser. "whole" is a call whose
 keys and values come in natural order: the 16-bit one moves them first, the 8-bit one while it quantises; both take queries
-and give outputs in natural order. The quantiser alone, and the permutation of keys and values, are timed as CUDA graphs of
-four calls, so without their host. Dense cases have the peers that are installed, quantising included as they do it. Rows
-are written as they come, with device, versions and commit. ``--cycles`` runs each kernel twice and prints nothing, for
-``ncu --metrics sm__cycles_elapsed.max``.
+and give outputs in natural order. The quantiser alone, the permutation of keys and values, and calls of a few milliseconds
+are timed as CUDA graphs of four calls, so without their host. Dense cases have the peers that are installed, quantising
+included as they do it. Rows are written as they come, with device, versions and commit. ``--cycles`` runs each kernel twice
+and prints nothing, for ``ncu --metrics sm__cycles_elapsed.max``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _eight_bit_calls import Problem, case_calls, peers, quantiser_calls, run, variants
+from _eight_bit_calls import Calls, Problem, case_calls, peers, quantiser_calls, run, variants
 from _hopper_inputs import SHAPES, make, to_lists
 from _timing import environment
-from _turns import Row, in_turns, report
+from _turns import Row, graphed, in_turns, report
 
 from dit_accel_eval.files import write_json
 from dit_accel_kernels.quantize import PRECISIONS, quantize_qkv
@@ -34,6 +34,7 @@ from dit_accel_kernels.types import TokenOrder
 
 KINDS = ("int8", "int8_fp8", "fp8")
 WARM_LIMIT_S = 60.0
+SHORT = 2e12  # floating-point operations of 3 ms
 
 
 def warm(precision: str, dim: int, every: bool) -> int:
@@ -117,10 +118,20 @@ def shape_cases(shape: str, args: argparse.Namespace, failed: set[tuple[str, int
             calls |= more
             record.made.setdefault("peers", {})[shape] = said
             sys.stdout.write(f"{shape}: {said}\n")
-        record.add("rows", in_turns(shape, f"{density}{' uneven' * uneven}", calls, args.rounds))
+        record.add("rows", timed_rows(shape, f"{density}{' uneven' * uneven}", calls, args.rounds))
     calls = quantiser_calls(p, args.precisions)
     record.add("quantiser", [replace(row, ms=row.ms / 4) for row in in_turns(shape, "quantiser", calls, args.rounds)])
     torch.cuda.empty_cache()
+
+
+def timed_rows(shape: str, case: str, calls: Calls, rounds: int) -> list[Row]:
+    """Rows of a case; calls of a few milliseconds at most four at a time in a CUDA graph, so without their host."""
+    short = {name for name, (_, work) in calls.items() if work < SHORT}
+    graphs = {
+        name: (graphed(call, 4), 4 * work) if name in short else (call, work) for name, (call, work) in calls.items()
+    }
+    rows = in_turns(shape, case, graphs, rounds)
+    return [replace(row, ms=row.ms / 4) if row.what in short else row for row in rows]
 
 
 def accumulators() -> dict[str, float]:

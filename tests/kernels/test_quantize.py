@@ -23,6 +23,7 @@ from dit_accel_kernels.quantize import (
     unpack_int4,
 )
 from dit_accel_kernels.quantize.formats import _gpu_reason
+from dit_accel_kernels.quantize.sample import sample_of
 from dit_accel_kernels.quantized.reference import dequantize
 from tests.kernels.interpreter import repair
 
@@ -245,6 +246,50 @@ def test_triton_has_the_bits_of_the_reference(
         key_valid=None if valid is None else valid.to(device),
         backend="triton",
     )
+    assert_same(got, want)
+
+
+def test_samples() -> None:
+    assert sample_of(2047).step == 1
+    assert sample_of(2047).headroom == 1
+    for tokens in (2048, 4608, 8448, 32768, 75600, 1 << 20):
+        sample = sample_of(tokens)
+        assert sample.step % 2 == 1
+        assert (sample.count - 1) * sample.step < tokens <= sample.count * sample.step
+        assert 683 <= sample.count <= 2047
+    assert sample_of(75600, every=True).count == 75600
+
+
+@pytest.mark.parametrize("device", TWINS)
+@pytest.mark.parametrize(("ordered", "masked"), [(False, False), (True, True)])
+@pytest.mark.parametrize("precision", ["int8_fp8", "int8_int8"])
+def test_samples_and_what_is_above_them(
+    precision: str, ordered: bool, masked: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One channel of one head holds a value that no sample sees, another only zeros but for one."""
+    if device == "cpu":
+        monkeypatch.setattr("dit_accel_kernels.quantize.sample._MANY", 64)
+    tokens = 150 if device == "cpu" else 9000
+    assert sample_of(tokens).step in (5, 9)
+    q, k, v = draw(tokens)
+    place = torch.arange(tokens) if not ordered else draw_order(tokens).table[0].long()
+    order = TokenOrder(place.int()[None], torch.zeros(2).int()) if ordered else None
+    v[0, 1, place[7], 3], v[:, :, :, 9], v[1, 0, place[23], 9] = 300.0, 0.0, 1e-6
+    valid = torch.arange(tokens) % 4 != 2
+    options = {
+        "block_k": 64, "keys_ordered": not ordered, "order": order, "key_valid": valid.expand(2, -1) if masked else None,
+    }  # fmt: skip
+    want = quantize_qkv(q, k, v, precision, backend="reference", **options)
+    moved = v if order is None else v[:, :, place]
+    real = moved.float() * valid[:, None] if masked else moved.float()
+    _, _, got_v = dequantize(want, 64)
+    step = want.v_scale[:, :, None] * (0.5 if precision == "int8_int8" else 2.0**-10)
+    allowed = step if precision == "int8_int8" else torch.maximum(real.abs() * 2.0**-4, step)
+    assert ((got_v - real).abs() <= allowed * 1.0001).all()
+    there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    if order is not None:
+        there["order"] = TokenOrder(order.table.to(device), order.head.to(device))
+    got = quantize_qkv(*(x.to(device) for x in (q, k, v)), precision, backend="triton", **there)
     assert_same(got, want)
 
 

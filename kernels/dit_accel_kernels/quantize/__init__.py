@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .._common import check_bhsd, resolve_backend
+from .._common import check_bhsd, eager, resolve_backend
 from ..types import TokenOrder
 from .formats import fp8_reason
 from .packing import operand_order, pack_int4, to_operand_order, unpack_int4
@@ -80,7 +80,7 @@ def quantize_qkv(
         chosen = ""
     flags = (precision.qk, precision.pv, precision.smooth_k, precision.rotate)
     tables = [part for o in (order, moved) for part in ((None, None) if o is None else (o.table, o.head))]
-    made = cast("tuple[Tensor, ...]", _quantize_op(q, k, v, *flags, block_k, *tables, key_valid, chosen))
+    made = cast("tuple[Tensor, ...]", eager(_quantize_op, q)(q, k, v, *flags, block_k, *tables, key_valid, chosen))
     q_codes, q_scale, k_codes, k_scale, values, v_scale, mean = made
     if precision.pv == "bf16" and moved is None:
         values = v  # an operator must not return its input

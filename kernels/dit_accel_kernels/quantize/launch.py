@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,15 +10,20 @@ from torch import Tensor
 
 from .._common import blocks
 from .._launch import capability, launch
+from ..block_sparse.hopper_launch import has_gluon
 from ..types import TokenOrder
 from .reference import hadamard_size
+from .sample import Sample, sample_of
 from .specs import tiles
-from .triton import clear_kernel, keys_kernel, queries_kernel
+from .triton import keys_kernel, mend_kernel, queries_kernel
 from .types import LIMITS, Precision, QuantizedQKV, padded_dim, padded_keys
 
 __all__ = ["quantize_triton"]
 
-_CLEAR = 1024
+_MENDERS = 16  # programs a head
+_NOT_MENDED = (
+    *("k", "sums", "k_samples", "k_b", "k_h", "k_s", "KIND", "LIMIT", "STEPS", "NORM", "K_PARTS", "V_LIMIT"),
+)
 _DTYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 
 
@@ -70,24 +75,38 @@ def _empty_values(v: Tensor, kind: str, order: TokenOrder | None, width: int) ->
 
 
 def _shared(
-    k: Tensor, v: Tensor, made: QuantizedQKV, key_order: TokenOrder | None, valid: Tensor | None, tops: Tensor
+    k: Tensor, v: Tensor, made: QuantizedQKV, key_order: TokenOrder | None, valid: Tensor | None, samples: _Samples
 ) -> dict[str, Any]:
-    """Arguments that both launches have."""
-    dim, kind = k.shape[3], made.precision.qk
+    """Arguments that the first two launches have; the third has some of them."""
+    dim, kind, width = k.shape[3], made.precision.qk, padded_dim(k.shape[3])
     size = hadamard_size(dim) if made.precision.rotate else 1
+    pdl = capability(k) >= 90 and has_gluon()
+    # Sums, largest magnitudes, and what is above them with a flag, in one piece of memory.
+    counts = (samples.k_parts * width, samples.v_parts * width, (width + 8) * (samples.v_parts > 0))
+    sizes = [k.shape[0] * k.shape[1] * count for count in counts]
+    sums, tops, again = torch.empty(sum(sizes), device=k.device).split(sizes)
     args: dict[str, Any] = {
-        "k": k, "v": v, "valid": valid, "k_table": None, "k_head": None, "mean": made.k_mean,
-        "tops": tops.view(torch.float32), "tokens": k.shape[2], "heads": k.shape[1],
+        "k": k, "v": v, "valid": valid, "k_table": None, "k_head": None, "sums": sums, "tops": tops, "again": again,
+        "tokens": k.shape[2], "heads": k.shape[1], "k_samples": samples.keys.count,
         "k_b": k.stride(0), "k_h": k.stride(1), "k_s": k.stride(2),
         "v_b": v.stride(0), "v_h": v.stride(1), "v_s": v.stride(2),
-        "DIM": dim, "WIDTH": padded_dim(dim), "KIND": kind, "LIMIT": LIMITS[kind],
+        "DIM": dim, "WIDTH": width, "KIND": kind, "LIMIT": LIMITS[kind],
         "STEPS": size.bit_length() - 1, "NORM": size**-0.5, "HAS_ORDER": key_order is not None,
-        "HAS_VALID": valid is not None, "HAS_MEAN": made.precision.smooth_k,
-        "HAS_VALUES": made.precision.pv != "bf16", "ASM": capability(k) >= 90, "enable_fp_fusion": False,
+        "HAS_VALID": valid is not None, "K_PARTS": samples.k_parts, "V_PARTS": samples.v_parts,
+        "ASM": capability(k) >= 90, "PDL": pdl, "enable_fp_fusion": False,
     }  # fmt: skip
     if key_order is not None:
         args |= {"k_table": key_order.table.contiguous(), "k_head": key_order.head.contiguous()}
-    return args
+    return args | ({"launch_pdl": True} if pdl else {})
+
+
+class _Samples(NamedTuple):
+    """Samples of keys and values, and their parts, 0 where nothing is asked of them."""
+
+    keys: Sample
+    values: Sample
+    k_parts: int
+    v_parts: int
 
 
 def _launch(
@@ -100,28 +119,27 @@ def _launch(
     valid: Tensor | None,
 ) -> None:
     groups, tokens, pv = k.shape[0] * k.shape[1], k.shape[2], made.precision.pv
-    has_values, width, key_blocks = pv != "bf16", padded_dim(k.shape[3]), made.k_scale.shape[2]
-    first, second = tiles(width)
-    sums, flags, tops = _zeros(k, groups * width, groups, groups * width // 2)
-    shared = _shared(k, v, made, key_order, valid, tops)
-    statistics = blocks(tokens, first["CHUNK"]) * (made.precision.smooth_k + has_values)
-    launch(queries_kernel, (groups * (blocks(q.shape[2], first["Q_TILE"]) + statistics),))(
-        q=q, divisors=None if valid is None else valid.sum(1).double().clamp(min=1),
-        q_table=None if order is None else order.table.contiguous(),
+    has_values, key_blocks = pv != "bf16", made.k_scale.shape[2]
+    first, second = tiles(padded_dim(k.shape[3]))
+    keys, values = sample_of(tokens), sample_of(tokens, every=pv == "int8")
+    samples = _Samples(keys, values, keys.parts * made.precision.smooth_k, values.parts * has_values)
+    shared = _shared(k, v, made, key_order, valid, samples)
+    launch(queries_kernel, (groups * (blocks(q.shape[2], first["Q_TILE"]) + samples.k_parts + samples.v_parts),))(
+        q=q, q_table=None if order is None else order.table.contiguous(),
         q_head=None if order is None else order.head.contiguous(), q_out=made.q, q_scale=made.q_scale,
-        v_scale=made.v_scale if has_values else None, sums=sums.view(torch.float64), flags=flags.view(torch.int32),
-        q_tokens=q.shape[2], q_b=q.stride(0), q_h=q.stride(1), q_s=q.stride(2), V_LIMIT=LIMITS.get(pv, 0.0),
-        HAS_Q_ORDER=order is not None, **shared, **first,
+        q_tokens=q.shape[2], k_step=keys.step, v_samples=values.count, v_step=values.step,
+        q_b=q.stride(0), q_h=q.stride(1), q_s=q.stride(2), HAS_Q_ORDER=order is not None, **shared, **first,
     )  # fmt: skip
-    launch(keys_kernel, (groups * (key_blocks + has_values * padded_keys(tokens) // second["V_TILE"]),))(
-        k_out=made.k, k_scale=made.k_scale, v_out=made.v.view(torch.int32) if has_values else None,
-        blocks=key_blocks, BLOCK=made.block_k, ROWS=triton.next_power_of_2(made.block_k), V_KIND=pv,
-        **shared, **second,
+    v_tiles = padded_keys(tokens) // second["V_TILE"] * has_values
+    more: dict[str, Any] = {
+        "v_out": made.v.view(torch.int32) if has_values else None, "v_scale": made.v_scale if has_values else None,
+        "headroom": values.headroom, "least": values.least, "V_KIND": pv, "V_LIMIT": LIMITS.get(pv, 0.0),
+    }  # fmt: skip
+    launch(keys_kernel, (groups * (key_blocks + v_tiles),))(
+        divisors=None if valid is None else valid[:, :: keys.step].sum(1).float().clamp(min=1),
+        k_out=made.k, k_scale=made.k_scale, mean=made.k_mean, blocks=key_blocks, BLOCK=made.block_k,
+        ROWS=triton.next_power_of_2(made.block_k), **shared, **more, **second,
     )  # fmt: skip
-
-
-def _zeros(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    """Zeros of 8 bytes each, in one piece of memory: by a kernel, so that a recorded call makes them again."""
-    x = torch.empty(sum(sizes), dtype=torch.int64, device=like.device)
-    launch(clear_kernel, (blocks(x.numel(), _CLEAR),))(x=x, count=x.numel(), BLOCK=_CLEAR, num_warps=4)
-    return x.split(list(sizes))
+    if pv == "fp8" and values.headroom > 1:
+        both = {name: x for name, x in (shared | more | second).items() if name not in _NOT_MENDED}
+        launch(mend_kernel, (min(v_tiles, _MENDERS), groups))(**both)

@@ -1,7 +1,7 @@
 """The meaning of the quantiser, in plain torch and exact to the bit: float32 arithmetic, ties to even.
 
 Only sums, products and one reciprocal occur, each rounded once: what a compiler may fuse into a multiply-add is kept apart.
-The mean key is a float64 sum, which for 16-bit inputs does not depend on the order of its terms.
+The mean key is made of float64 sums, which for 16-bit inputs do not depend on the order of their terms.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .._common import blocks
 from ..types import TokenOrder
 from .packing import pack_int4, to_operand_order
+from .sample import sample_of
 from .types import LIMITS, Precision, QuantizedQKV, padded_dim, padded_keys
 
 __all__ = ["SMALLEST", "hadamard", "hadamard_size", "key_mean", "quantize_reference", "scales"]
@@ -45,16 +46,31 @@ def hadamard(x: Tensor, size: int) -> Tensor:
 
 
 def key_mean(k: Tensor, key_valid: Tensor | None) -> Tensor:
-    """Mean key of each head, float32 ``[B, H, D]``.
+    """Mean of sampled keys of each head, float32 ``[B, H, D]``: of all up to 4,095 tokens, see :mod:`.sample`.
 
     Invalid keys do not count; elements that are not finite count as 0. The softmax is the same whatever is subtracted.
     """
-    wide = _finite(k.double())
-    count = torch.full((k.shape[0],), float(k.shape[2]), dtype=torch.float64, device=k.device)
+    sample = sample_of(k.shape[2])
+    wide = _finite(k[:, :, :: sample.step].double())
+    count = torch.full((k.shape[0],), float(sample.count), device=k.device)
     if key_valid is not None:
-        wide = wide.masked_fill(~key_valid[:, None, :, None], 0)
-        count = key_valid.sum(1).double().clamp(min=1)
-    return (wide.sum(2) / count[:, None, None]).float()
+        there = key_valid[:, :: sample.step]
+        wide = wide.masked_fill(~there[:, None, :, None], 0)
+        count = there.sum(1).float().clamp(min=1)
+    total = torch.zeros(*k.shape[:2], k.shape[3], device=k.device)
+    for part in wide.split(blocks(sample.count, sample.parts), 2):
+        total = total + part.sum(2).float()
+    return total * count.reciprocal()[:, None, None]
+
+
+def _channel_tops(wide: Tensor) -> Tensor:
+    """What the largest magnitudes of the channels are taken for, of values ``[B, H, S, Dp]``."""
+    sample = sample_of(wide.shape[2])
+    top = wide.abs().amax(2)
+    if sample.headroom == 1:
+        return top
+    most = wide[:, :, :: sample.step].abs().amax(2) * sample.headroom
+    return most.clamp(sample.least, torch.finfo(torch.float32).max).maximum(top)
 
 
 def quantize_reference(
@@ -101,6 +117,14 @@ def scales(top: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return torch.where(empty, 1.0, top * (1.0 / limit)), inverse
 
 
+def octaves(top: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and factors as of :func:`scales` that are powers of two: e4m3 codes are below 256 and lose nothing."""
+    empty = top < SMALLEST
+    _, place = torch.where(empty, 1.0, top).frexp()  # 1 and above up to 2 have place 1
+    one = torch.ones_like(top)
+    return torch.where(empty, 1.0, one.ldexp(place - 8)), torch.where(empty, 0.0, one.ldexp(8 - place))
+
+
 def _values(
     v: Tensor, kind: str, order: TokenOrder | None, key_valid: Tensor | None, width: int
 ) -> tuple[Tensor, Tensor]:
@@ -111,7 +135,8 @@ def _values(
     wide = _finite(F.pad(moved.float(), (0, width - v.shape[3])))
     if key_valid is not None:
         wide = wide.masked_fill(~key_valid[:, None, :, None], 0)
-    codes, scale = _codes(wide.mT[:, :, :, None], LIMITS[kind])
+    top = None if kind == "int8" else _channel_tops(wide)
+    codes, scale = _codes(wide.mT[:, :, :, None], LIMITS[kind], top)
     flat = codes[:, :, :, 0].view(torch.uint8)
     flat = F.pad(flat, (0, padded_keys(v.shape[2]) - v.shape[2]))
     return to_operand_order(flat).contiguous().view(codes.dtype), scale
@@ -125,9 +150,12 @@ def _prepared(x: Tensor, rotate: bool, width: int) -> Tensor:
     return F.pad(x, (0, width - x.shape[-1]))
 
 
-def _codes(x: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Codes of float32 ``[..., N, D]`` and one scale for each ``[N, D]``; ``limit`` tells the format."""
-    scale, inverse = scales(x.abs().amax((-1, -2)), limit)
+def _codes(x: Tensor, limit: float, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of float32 ``[..., N, D]`` and one scale for each ``[N, D]``; ``limit`` tells the format.
+
+    With ``top``, which no magnitude exceeds, scales are powers of two.
+    """
+    scale, inverse = scales(x.abs().amax((-1, -2)), limit) if top is None else octaves(top)
     codes = x * inverse[..., None, None]
     if limit == LIMITS["fp8"]:
         return codes.clamp(-limit, limit).to(torch.float8_e4m3fn), scale

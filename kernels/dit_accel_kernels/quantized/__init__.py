@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .._common import eager
 from ..block_sparse.checks import check_extras, check_lists, check_tensors
 from ..quantize import Precision, QuantizedQKV, padded_dim, padded_keys, quantize_qkv, resolve_precision
 from ..types import BlockLists, Pooled, TokenOrder
@@ -74,7 +75,7 @@ def quantized_block_sparse_attention(
     made = prepared
     out, lse = cast(
         "tuple[Tensor, Tensor]",
-        _op(
+        eager(_op, q)(
             q,
             *(made.q, made.q_scale, made.k, made.k_scale, made.v, made.v_scale, made.k_mean),
             *(precision.qk, precision.pv, precision.smooth_k, precision.rotate),

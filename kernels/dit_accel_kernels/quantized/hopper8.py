@@ -58,7 +58,7 @@ def quantized_hopper_kernel(
     q_scales = gl.allocate_shared_memory(gl.float32, [128], FLAT)
     scales = gl.allocate_shared_memory(gl.float32, [STAGES, 2], FLAT)
     extras = gl.allocate_shared_memory(gl.float32, [STAGES, 128], FLAT)
-    info = gl.allocate_shared_memory(gl.int32, [2], FLAT)
+    info = gl.allocate_shared_memory(gl.int32, [2, 8], FLAT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
@@ -72,7 +72,7 @@ def quantized_hopper_kernel(
     fence_async_shared()
     bars = (ready, empty)
     consumer_args = (
-        desc_o, out, lse, v_scale, table, head_row, scale2, limit, zero, qb, heads, sq, out_b, out_h, out_s,
+        desc_o, out, lse, v_scale, table, head_row, scale2, limit, zero, heads, sq, out_b, out_h, out_s,
         q_bufs, q_own, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
     )  # fmt: skip
     producer_args = (

@@ -6,23 +6,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from ..block_sparse.hopper_steps import split_job
+from ..block_sparse.hopper_steps import inverse_sum
 
-__all__ = ["finish"]
+__all__ = ["finish", "logarithm"]
+
+
+@gluon.jit
+def logarithm(x):
+    """Logarithm of base 2 of normal numbers, to one or two units in the last place, and minus infinity of 0."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def finish(
-    acc, row_sum, lse_rows, o_buf, desc_o, out, lse, v_scale, table, head_row, sq, job, qb, heads, out_b, out_h, out_s,
-    i_w, D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, HAS_LSE: gl.constexpr, SCALED: gl.constexpr,
-    ROWS: gl.constexpr,
+    acc, row_sum, lse_rows, o_buf, desc_o, out, lse, v_scale, table, head_row, sq, i_q, i_h, i_b, heads,
+    out_b, out_h, out_s, i_w, D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, HAS_LSE: gl.constexpr,
+    SCALED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Normalise and write 64 rows of the output, through a buffer of their own, and their log-sum-exp (in log 2)."""
-    i_q, i_h, i_b = split_job(job, qb, heads)
     o_tile = o_buf.reshape([64, D])
-    empty = row_sum == 0.0
-    inverse = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, row_sum))
-    acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout)), 1)
+    inverse = gl.convert_layout(inverse_sum(row_sum), gl.SliceLayout(1, acc.type.layout))
+    acc = acc * gl.expand_dims(inverse, 1)
     if SCALED:
         o_c = gl.arange(0, D, layout=gl.SliceLayout(0, acc.type.layout))
         acc = acc * gl.expand_dims(gl.load(v_scale + ((i_b * heads + i_h) * D + o_c)), 0)

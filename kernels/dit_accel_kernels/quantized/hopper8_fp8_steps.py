@@ -11,8 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..block_sparse.hopper_steps import next_stage, release
-from .hopper8_finish import finish
-from .hopper8_steps import told
+from .hopper8_finish import finish, logarithm
+from .hopper8_steps import place_of, told
 from .hopper8_turns import give_first_turn, give_turn, wait_turn
 from .hopper8_weights import (
     codes_of,
@@ -37,8 +37,12 @@ __all__ = ["consumer8"]
 def _products(
     acc, p0, p1, zero, q_op, k_bufs, v_bufs, scales, bars, stage, phase,
     WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, I_W: gl.constexpr,
+    FIRST: gl.constexpr = False,
 ):  # fmt: skip
-    """Add the values of one tile and multiply the queries with the keys of the next."""
+    """Add the values of one tile and multiply the queries with the keys of the next.
+
+    With ``FIRST`` the queries are read, and their buffer is given back, while the values are multiplied.
+    """
     after, after_phase = next_stage(stage, phase, STAGES)
     WIDE: gl.constexpr = acc.type.layout
     a0, a1 = operand(p0, WIDE), operand(p1, WIDE)
@@ -48,32 +52,38 @@ def _products(
     t = gl.zeros([64, D], gl.float32, layout=WIDE)
     t = warpgroup_mma(a0, v_bufs.index(stage * 2).reshape([D, 64]).permute([1, 0]), t, use_acc=False, is_async=True)
     t = warpgroup_mma(a1, v_bufs.index(stage * 2 + 1).reshape([D, 64]).permute([1, 0]), t, is_async=True)
+    if FIRST:
+        # In registers, though a product could read them from shared memory: that takes power, and power is the limit.
+        q_tile, q_empty = q_op
+        q_op = q_tile.load(gl.DotOperandLayout(0, WHOLE, 4))
     s = start_logits(q_op, k_bufs, after, WHOLE, D)
+    if FIRST:
+        release(q_empty)
     scale0, scale1 = load_scales(scales, after)
     t = warpgroup_mma_wait(1, deps=[t])
     acc += t
     acc, s = warpgroup_mma_wait(0, deps=[acc, s])
     if TURNS:
         scale0 = give_turn(scale0, zero, I_W)
-    return acc, s, scale0, scale1, after, after_phase
+    return acc, s, q_op, scale0, scale1, after, after_phase
 
 
 @gluon.jit
 def _first_tile(
-    acc, p0, p1, zero, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+    acc, p0, p1, zero, queries, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase, masked,
     HALF: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HEADROOM: gl.constexpr,
     TURNS: gl.constexpr, I_W: gl.constexpr,
 ):  # fmt: skip
     """Weights, base and sums of the first tile of a job, and the last values of the job before."""
-    acc, s, _scale0, _scale1, after, after_phase = _products(
-        acc, p0, p1, zero, q_op, k_bufs, v_bufs, scales, bars, stage, phase, WHOLE, D, STAGES, TURNS, I_W
+    acc, s, q_op, _scale0, _scale1, after, after_phase = _products(
+        acc, p0, p1, zero, queries, k_bufs, v_bufs, scales, bars, stage, phase, WHOLE, D, STAGES, TURNS, I_W, True
     )
     s0, s1 = halves(s, HALF)
-    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, HALF)
+    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, masked, HALF)
     release(bars[1].index(after))
     base -= HEADROOM
     p0, p1 = codes_of_logits(x0, base), codes_of_logits(x1, base)
-    return acc, p0, p1, base, sums_of_codes(p0, p1), after, after_phase
+    return acc, p0, p1, base, sums_of_codes(p0, p1), q_op, after, after_phase
 
 
 @gluon.jit
@@ -87,7 +97,7 @@ def _step(
     Weights stay relative to ``base`` until one is as large as e4m3 can say, which few tiles bring about; then the rows of
     this warp get a new one. ``shares`` are sums of rounded weights.
     """
-    acc, s, scale0, scale1, after, after_phase = _products(
+    acc, s, q_op, scale0, scale1, after, after_phase = _products(
         acc, p0, p1, zero, q_op, k_bufs, v_bufs, scales, bars, stage, phase, WHOLE, D, STAGES, TURNS, I_W
     )
     release(bars[1].index(after))
@@ -114,7 +124,7 @@ def consumer8(
 ):  # fmt: skip
     """Do 64 rows of each job of the program; weights and values are e4m3."""
     (
-        desc_o, out, lse, v_scale, table, head_row, scale2, limit, zero, qb, heads, sq, out_b, out_h, out_s,
+        desc_o, out, lse, v_scale, table, head_row, scale2, limit, zero, heads, sq, out_b, out_h, out_s,
         q_bufs, _q_own, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
     ) = args  # fmt: skip
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
@@ -131,24 +141,23 @@ def consumer8(
     done_sum = done_lse
     p0 = codes_of_logits(gl.full([64, 64], -1000.0, gl.float32, layout=HALF), done_lse)
     p1 = p0
-    job, tiles = told(info, q_full.index(I_W), q_phase)
+    job, tiles, masked = told(info, q_full.index(I_W), q_phase)
     job = declare_flag(job, I_W)
     if TURNS and I_W == 1:
         job = give_first_turn(job)
     while job != -1:
         q_factor = row_scales.load(ROW) * scale2
-        # In registers, though a product could read them from shared memory: that takes power, and power is the limit.
-        q_op = q_tile.load(gl.DotOperandLayout(0, WHOLE, 4))
-        release(q_empty.index(I_W))
-        acc, p0, p1, base, shares, stage, phase = _first_tile(
-            acc, p0, p1, zero, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+        o_q, o_h, o_b = place_of(info, q_phase ^ 1)
+        queries = (q_tile, q_empty.index(I_W))
+        acc, p0, p1, base, shares, q_op, stage, phase = _first_tile(
+            acc, p0, p1, zero, queries, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase, masked,
             HALF, WHOLE, D, STAGES, HEADROOM, TURNS, I_W,
         )  # fmt: skip
         if done >= 0:
             finish(
                 acc, done_sum, done_lse, o_bufs.index(I_W), desc_o, out, lse, v_scale, table,
-                head_row, sq, done, qb, heads, out_b * 8, out_h * 8, out_s * 8, I_W, D, DIM, GATHER, HAS_LSE, True,
-                ROWS,
+                head_row, sq, o_q, o_h, o_b, heads, out_b * 8, out_h * 8, out_s * 8, I_W, D, DIM, GATHER, HAS_LSE,
+                True, ROWS,
             )  # fmt: skip
         acc = gl.zeros([64, D], gl.float32, layout=WIDE)
         for _t in range(tiles - 1):
@@ -158,8 +167,8 @@ def consumer8(
             )  # fmt: skip
         done, done_sum = job, total(shares, HALF)
         if HAS_LSE:
-            done_lse = base + gl.log2(done_sum)
+            done_lse = base + logarithm(done_sum)
         q_phase ^= 1
-        job, tiles = told(info, q_full.index(I_W), q_phase)
+        job, tiles, masked = told(info, q_full.index(I_W), q_phase)
     if TURNS and I_W == 0:
         stage = wait_turn(stage, I_W)  # the other gave it one turn too many

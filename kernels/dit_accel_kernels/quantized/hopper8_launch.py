@@ -182,12 +182,12 @@ def _exact_blocks(
     jobs = batch * heads * qb
     programs = min(jobs, multiprocessors(q.device), config.max_programs or jobs)
     gather = order is not None
-    in_order = 0 if config.sorted_rounds else jobs
+    # The first jobs of all programs come in order: they need not wait for the kernel that sorts.
+    in_order = programs if config.sorted_rounds else jobs
     span = max(1, round(config.sorted_rounds * programs / qb)) * qb
-    # The counter of jobs, and the order in which they are done.
-    counter, order_of_last = torch.empty(1 + jobs - in_order, dtype=torch.int32, device=q.device).split(
-        [1, jobs - in_order]
-    )
+    # The counter of jobs, and the order in which they are done; aligned alike whatever their number.
+    space = [4, max(4, jobs - in_order)]
+    counter, order_of_last = torch.empty(sum(space), dtype=torch.int32, device=q.device).split(space)
     part = (128, columns, 128) if block_k == 128 else (64, 64, 128)
     args: dict[str, Any] = {
         "desc_q": _descriptor(made.q, 64, columns, columns),
@@ -227,6 +227,8 @@ def _exact_blocks(
             BLOCK=BLOCK,
             OTHERS=OTHERS,
             span=span,
+            PDL=True,
+            launch_pdl=True,
         )
         launch(quantized_hopper_kernel, (programs,))(
             **args,
@@ -244,6 +246,7 @@ def _exact_blocks(
             CONSUMER_REGS=config.consumer_regs,
             PRODUCER_REGS=config.producer_regs,
             num_warps=4,
+            launch_pdl=True,
         )
     return out, lse
 

@@ -11,7 +11,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ..block_sparse.hopper_load import _blocks, _claim, _claimed, _copy, _first, _program, _read_row
+from ..block_sparse.hopper_load import (
+    _blocks,
+    _claim,
+    _claimed,
+    _copy,
+    _first,
+    _program,
+    _read_row,
+    _wait_for_order,
+    describe,
+)
 from ..block_sparse.hopper_steps import next_stage, split_job
 
 __all__ = ["producer"]
@@ -77,12 +87,18 @@ def _load_tile(
 
 
 @gluon.jit
-def _announce(desc_q, q_scale, q_bufs, q_scales, info, q_full, job, n, qb, heads, sq, PARTS: gl.constexpr):
-    """Tell the consumers their next job and the number of its tiles, and fetch its queries and their scales."""
+def _announce(
+    desc_q, q_scale, q_bufs, q_scales, info, q_full, job, n, qb, heads, sq, PARTS: gl.constexpr, EVEN_K: gl.constexpr,
+):  # fmt: skip
+    """Tell the consumers their next job and its tiles, see :func:`.hopper8_steps.told`, and fetch queries and scales."""
     LINE: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
-    info.store(_pair(job, tiles))
     i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
+    # Whether all keys of the first tile count: a whole block or two, the ragged one not among them.
+    masked = 1
+    if EVEN_K:
+        masked = ((n == 0) | (n % PARTS != 0)).to(gl.int32)
+    info.store(describe(job, tiles, 0, 0, i_q, i_h, i_b, masked))
     o_m = i_q * 128 + gl.arange(0, 128, layout=LINE)
     q_scales.store(gl.load(q_scale + ((i_b * heads + i_h).to(gl.int64) * sq + o_m), mask=o_m < sq, other=0.0))
     gl.thread_barrier()
@@ -118,7 +134,7 @@ def producer(
     job, begin, n_full, n = _read_row(
         row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
     )
-    _announce(desc_q, q_scale, q_bufs, q_scales, info, q_full, job, n, qb, heads, sq, PARTS)
+    _announce(desc_q, q_scale, q_bufs, q_scales, info.index(0), q_full, job, n, qb, heads, sq, PARTS, EVEN_K)
     claim = 0
     while job != -1:
         _, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
@@ -147,6 +163,7 @@ def producer(
             # The next job is claimed late: one that is claimed during a long job waits for its end, though others are
             # idle. Each of these three reads takes about as long as a tile.
             if t == gl.maximum(tiles - 5, 0):
+                _wait_for_order()
                 claim = _claim(counter)
             if t == gl.maximum(tiles - 3, 0):
                 number = programs + _claimed(claim)
@@ -162,5 +179,8 @@ def producer(
                     next_job = -1
                 elif number >= jobs:
                     next_job, next_full, next_n = -2, 0, 0
-                _announce(desc_q, q_scale, q_bufs, q_scales, info, q_full, next_job, next_n, qb, heads, sq, PARTS)
+                _announce(
+                    desc_q, q_scale, q_bufs, q_scales, info.index(q_phase ^ 1), q_full, next_job, next_n, qb, heads, sq,
+                    PARTS, EVEN_K,
+                )  # fmt: skip
         job, begin, n_full, n = next_job, next_begin, next_full, next_n

@@ -135,7 +135,7 @@ def _spec(
         fn=kernel,
         signature=signature,
         constexprs=values,
-        options={"num_warps": 4},
+        options={"num_warps": 4, "launch_pdl": True},
         targets=("sm_90",),
         max_spill_bytes=_SPILLS[dim],
         gluon=True,

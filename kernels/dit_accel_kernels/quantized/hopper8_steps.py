@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..block_sparse.hopper_steps import next_stage, release
-from .hopper8_finish import finish
+from .hopper8_finish import finish, logarithm
 from .hopper8_weights import (
     declare_flag,
     first_logits,
@@ -28,17 +28,27 @@ from .hopper8_weights import (
     whole,
 )
 
-__all__ = ["consumer", "told"]
+__all__ = ["consumer", "place_of", "told"]
+
+
+@gluon.jit
+def _number(x, which: gl.constexpr):
+    return gl.sum(gl.where(gl.arange(0, 8, layout=x.type.layout) == which, x, 0), 0)
 
 
 @gluon.jit
 def told(info, q_full, q_phase):
-    """Wait for the next job: its number and its tiles; -1 at the end, -2 to only finish the one before."""
+    """Wait for the next job: its number, -1 at the end and -2 to only finish the one before, its tiles, and its mask."""
     mbarrier.wait(q_full, q_phase)
-    ALL: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    x = info.load(ALL)
-    o = gl.arange(0, 2, layout=ALL)
-    return gl.sum(gl.where(o == 0, x, 0), 0), gl.sum(gl.where(o == 1, x, 0), 0)
+    x = info.index(q_phase).load(gl.BlockedLayout([8], [32], [4], [0]))
+    return _number(x, 0), _number(x, 1), _number(x, 7)
+
+
+@gluon.jit
+def place_of(info, slot):
+    """Query block, head and batch element of the job in a slot."""
+    x = info.index(slot).load(gl.BlockedLayout([8], [32], [4], [0]))
+    return _number(x, 4), _number(x, 5), _number(x, 6)
 
 
 @gluon.jit
@@ -58,7 +68,7 @@ def _pack(w0, w1, like, S_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _first_tile(
-    acc, p, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase,
+    acc, p, q_op, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase, masked,
     S_LAYOUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Weights, base and sums of the first tile of a job, while the last values of the job before are added."""
@@ -66,7 +76,7 @@ def _first_tile(
     acc, s = _start(acc, p, q_op, k_bufs, v_bufs, bars, stage, after, after_phase, S_LAYOUT, D)
     s = warpgroup_mma_wait(1, deps=[s])
     s0, s1 = halves(s, HALF)
-    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, HALF)
+    x0, x1, base = first_logits(s0, s1, q_factor, scales, extras, after, masked, HALF)
     w0, w1 = gl.exp2(x0 - gl.expand_dims(base, 1)), gl.exp2(x1 - gl.expand_dims(base, 1))
     shares = shares_of(w0) + shares_of(w1)
     new_p = _pack(w0, w1, p, S_LAYOUT)
@@ -113,7 +123,7 @@ def consumer(
 ):  # fmt: skip
     """Do 64 rows of each job of the program; values are bfloat16."""
     (
-        desc_o, out, lse, v_scale, table, head_row, scale2, limit, _zero, qb, heads, sq, out_b, out_h, out_s,
+        desc_o, out, lse, v_scale, table, head_row, scale2, limit, _zero, heads, sq, out_b, out_h, out_s,
         q_bufs, q_own, q_scales, o_bufs, k_bufs, v_bufs, scales, extras, info, q_full, q_empty, bars,
     ) = args  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -131,22 +141,23 @@ def consumer(
     p = gl.zeros([64, 128], v_bufs.dtype, layout=gl.DotOperandLayout(0, O_LAYOUT, 2))
     done_base = gl.zeros([64], gl.float32, layout=ROW)
     done_sum = done_base
-    job, tiles = told(info, q_full.index(I_W), q_phase)
+    job, tiles, masked = told(info, q_full.index(I_W), q_phase)
     job = declare_flag(job, I_W)
     while job != -1:
         # The buffer in which the queries come is soon that of the next job.
         own.store(q_tile.load(COPY))
         fence_async_shared()
         q_factor = row_scales.load(ROW) * scale2
+        o_q, o_h, o_b = place_of(info, q_phase ^ 1)
         release(q_empty.index(I_W))
         acc, p, base, shares, stage, phase = _first_tile(
-            acc, p, own, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase, S_LAYOUT, HALF, D, STAGES
+            acc, p, own, q_factor, k_bufs, v_bufs, scales, extras, bars, stage, phase, masked, S_LAYOUT, HALF, D, STAGES
         )
         if done >= 0:
             finish(
-                acc, done_sum, done_base + gl.log2(done_sum), o_bufs.index(I_W), desc_o, out, lse, v_scale, table,
-                head_row, sq, done, qb, heads, out_b * 8, out_h * 8, out_s * 8, I_W, D, DIM, GATHER, HAS_LSE, False,
-                ROWS,
+                acc, done_sum, done_base + logarithm(done_sum), o_bufs.index(I_W), desc_o, out, lse, v_scale, table,
+                head_row, sq, o_q, o_h, o_b, heads, out_b * 8, out_h * 8, out_s * 8, I_W, D, DIM, GATHER, HAS_LSE,
+                False, ROWS,
             )  # fmt: skip
         acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
         for _t in range(tiles - 1):
@@ -156,4 +167,4 @@ def consumer(
             )  # fmt: skip
         done, done_base, done_sum = job, base, total(shares, HALF)
         q_phase ^= 1
-        job, tiles = told(info, q_full.index(I_W), q_phase)
+        job, tiles, masked = told(info, q_full.index(I_W), q_phase)

@@ -290,11 +290,13 @@ def weights_of(s, factor, base):
 
 
 @gluon.jit
-def first_logits(s0, s1, q_factor, scales, extras, at, HALF: gl.constexpr):
+def first_logits(s0, s1, q_factor, scales, extras, at, masked, HALF: gl.constexpr):
     """Logits of both halves of a first tile, minus infinity for keys that do not count, and their maxima."""
     scale0, scale1 = load_scales(scales, at)
-    extra = extras.index(at)
-    ROW: gl.constexpr = gl.SliceLayout(0, HALF)
-    x0 = logits(s0, q_factor * scale0) + gl.expand_dims(extra.slice(0, 64).load(ROW), 0)
-    x1 = logits(s1, q_factor * scale1) + gl.expand_dims(extra.slice(64, 64).load(ROW), 0)
+    x0, x1 = logits(s0, q_factor * scale0), logits(s1, q_factor * scale1)
+    if masked != 0:
+        extra = extras.index(at)
+        ROW: gl.constexpr = gl.SliceLayout(0, HALF)
+        x0 += gl.expand_dims(extra.slice(0, 64).load(ROW), 0)
+        x1 += gl.expand_dims(extra.slice(64, 64).load(ROW), 0)
     return x0, x1, gl.maximum(gl.maximum(gl.max(x0, 1), gl.max(x1, 1)), -1.0e30)

@@ -14,6 +14,7 @@ __all__ = [
     "finite",
     "hadamard",
     "inverse_of",
+    "octaves_of",
     "read",
     "rounded",
     "seen_at",
@@ -98,6 +99,18 @@ def inverse_of(top, LIMIT: tl.constexpr):
     empty = top < 7.888609052210118e-31  # 2 ** -100
     inverse = tl.div_rn(tl.zeros_like(top) + 1.0, tl.where(empty, 1.0, top)) * LIMIT
     return tl.where(empty, 1.0, top * (1.0 / LIMIT)), tl.where(empty, 0.0, inverse)
+
+
+@triton.jit
+def octaves_of(top):
+    """Scales and factors as of :func:`inverse_of` that are powers of two, for e4m3: codes are below 256."""
+    empty = top < 7.888609052210118e-31  # 2 ** -100
+    place = top.to(tl.int32, bitcast=True) >> 23
+    scale, inverse = (
+        ((place - 7) << 23).to(tl.float32, bitcast=True),
+        ((261 - place) << 23).to(tl.float32, bitcast=True),
+    )
+    return tl.where(empty, 1.0, scale), tl.where(empty, 0.0, inverse)
 
 
 @triton.jit
