@@ -58,6 +58,7 @@ class PlanContext:
             chooses the order of a pattern.
         control: what gives each head its density, or ``None`` where all have :attr:`density`.
         cost: work done for the plan so far, in dense attentions of this layer; see :meth:`spend`.
+        notes: things worth knowing that the status is to say.
     """
 
     method: Method
@@ -79,6 +80,7 @@ class PlanContext:
     candidate_levels: Tensor | None = None
     control: Control | None = None
     cost: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     def spend(self, cost: float) -> None:
         """Count work, in dense attentions of this layer: ``4 B H S^2 D`` flops are 1, its ``Q K^T`` alone 0.5."""

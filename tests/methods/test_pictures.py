@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -206,6 +207,22 @@ def test_a_kept_residual_on_top_of_means_is_exact_while_nothing_changes() -> Non
         (out,) = one_step(run, step, 10, geometry=FLUX, tensors=lambda *_: tuple(tensors)).values()
         torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-4)
     assert run.status().sparse_calls == 2
+
+
+def test_residuals_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = get_method("auto").replace(compensate="residual:query_mean,32", branches="separate", pictures=())
+    tensors = [x.transpose(1, 2) for x in inputs(FLUX, seed=3)]
+    monkeypatch.setattr("dit_accel.compensate.residual.RESIDUAL_BYTES", 2 * tensors[0].nbytes)
+    run = make_run(method, 3, density=0.2, refresh=())
+    for step in range(2):
+        one_step(run, step, 10, geometry=FLUX, tensors=lambda *_: tuple(tensors))
+    assert [state.plan.state is not None for state in run._states.values()] == [True, True, False]
+    assert "residuals of more than 0 MiB in all are not kept" in run.status().notes
+    run.reset()
+    gc.collect()
+    for step in range(2):  # those of the run before are gone
+        one_step(run, step, 10, geometry=FLUX, tensors=lambda *_: tuple(tensors))
+    assert sum(state.plan.state is not None for state in run._states.values()) == 2
 
 
 def test_the_base_of_a_residual_must_keep_nothing() -> None:
