@@ -22,6 +22,7 @@ from dit_accel.asked import choose
 
 __all__ = [
     "FIXED",
+    "LATE",
     "METHODS",
     "PLANS",
     "Profile",
@@ -29,6 +30,7 @@ __all__ = [
     "alone",
     "cudnn_first",
     "held",
+    "host_time",
     "peak",
     "profiled",
     "relative",
@@ -51,6 +53,8 @@ _KEPT: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     # With the form for videos everywhere: the one for pictures shares its work between sparse steps and dense ones.
     "auto": {"method": "auto", "refresh": (), "warmup": 0.0, "pictures": ()},
+    # On pictures their own form, in the steps between dense ones: the first is dense, and keeps what sparse ones lack.
+    "pictures": {"method": "auto", "refresh": (), "warmup": 0.0, "dense_share": 0.0},
     "plain": {"method": None, "score": "spread", "select": "top_k_head", "warmup": 0.0},
     "union": {"method": "union", "warmup": 0.0},
     "kept": _KEPT,
@@ -59,7 +63,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 #: Methods whose density is not the one asked for.
 FIXED = {"kept": 1.0, "kept8": 1.0, "hooked": 1.0}
-_OWN_BLOCKS = ("auto", "hooked")
+#: Methods whose first step is dense.
+LATE = ("pictures",)
+_OWN_BLOCKS = ("auto", "pictures", "hooked")
 PLANS = (
     "random weights give flat maps; every head keeps the same number of blocks (top_k_head, top_k), so the work is the "
     "density whatever the maps are; the plan is made at one step from that step's queries and keys, by the method's own "
@@ -192,6 +198,18 @@ def timed(call: Callable[[], Any], device: torch.device, rounds: int) -> list[fl
             call()
             found.append((time.perf_counter() - start) * 1e3)
     return found
+
+
+def host_time(call: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
+    """Milliseconds after which the host is done with a call whose work the device has begun only then."""
+    found = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(found)
 
 
 @contextmanager

@@ -205,6 +205,12 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['peak_gib']:6.1f} {row['peak_ratio']:6.3f} {row['whole_peak_ratio']:6.3f} "
                 + (f"{gate['kept']:8.1e}" if "kept" in gate else f"{'none':>8s}")
             )
+    for case in record["cases"]:
+        for method, row in case["methods"].items():
+            if "of_dense_in_turns" in row:
+                lines.append(
+                    f"{case['name']}, in turns with dense steps: {method} {row['of_dense_in_turns']:.4f} of dense"
+                )
     lines += [f"not measured, or not all of it: {name}" for name in record["failed"]]
     return "\n".join(lines)
 

@@ -10,9 +10,11 @@ Triton launches with a driver that does nothing (:mod:`_idle_driver`). Columns:
   (:mod:`dit_accel_kernels.replay`), ``elsewhere`` so too, for tensors at addresses not seen before.
 - *engine*: from diffusers to where the operators begin, and back (with operators that return at once).
 - *launches*: Triton's launcher in C and the driver, for all launches of a call.
-- *torch*: its allocations for results and what stands between kernels, and four transpositions.
+- *torch*: its allocations for results and what stands between kernels.
 - *diffusers*: its dispatch of a call, with a backend that returns at once.
 - *ours*: *again* less launches, torch and diffusers.
+- *compiled*: a region compiled by inductor that has nothing but our operator, and *body*: that less launches and a region
+  whose operator allocates its output and returns.
 - *python*: 400 turns of a loop that adds, which says how fast the machine runs Python at that moment.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import ctypes
 import importlib
 import io
 import json
@@ -42,6 +45,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval", "benchmarks")]
 
+from _compiled_regions import compiled_regions  # noqa: E402
 from _e2e_models import TOY, build  # noqa: E402
 from _idle_driver import idle_driver, why_not  # noqa: E402
 from _timing import environment  # noqa: E402
@@ -164,19 +168,8 @@ def _idle(backend: Any, qkv: list[Tensor]) -> Callable[[], Tensor]:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    def nothing(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        return_lse: bool = False,
-        _parallel_config: Any = None,
-    ) -> Tensor:
-        return query
+    def nothing(**given: Any) -> Any:
+        return given["query"]
 
     def call() -> Tensor:
         real = Registry._backends[backend]
@@ -200,6 +193,13 @@ class _Nowhere:
     def __exit__(self, *_: object) -> None: ...
 
 
+def _keep_memory() -> None:
+    """Have malloc give the same addresses again and again, as the allocator for CUDA does."""
+    libc = ctypes.CDLL(None)
+    for option, limit in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc.mallopt(option, limit)
+
+
 def _nothing(*_: Any) -> None: ...
 
 
@@ -220,11 +220,13 @@ def _capability(x: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _no_replays() -> Iterator[None]:
+def _no_replays(found: Sparse) -> Iterator[None]:
     """In this context every call takes the usual way."""
     with (
         mock.patch.object(dit_accel.replayed, "_BACKENDS", frozenset()),
         mock.patch.object(dit_accel.replayed.PlanReplays, "again", _nothing),
+        mock.patch.object(found.installation._state, "again", None),
+        mock.patch("dit_accel.runtime.settled", _nothing),
     ):
         yield
 
@@ -252,7 +254,7 @@ def _no_operators(found: Sparse) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, names in stubs.items():
             stack.enter_context(mock.patch.multiple(module, **names))
-        stack.enter_context(_no_replays())
+        stack.enter_context(_no_replays(found))
         yield
 
 
@@ -269,12 +271,9 @@ def _outside(found: Sparse) -> tuple[float, float, int]:
             start(*args)
 
     def memory() -> list[Tensor]:
-        for x in (*found.qkv, found.qkv[0]):
-            x.transpose(1, 2)
-        device = program.device
-        made = [
-            torch.empty_strided(shape, steps, dtype=dtype, device=device) for shape, steps, dtype in program.results
-        ]
+        device, made = program.device, [torch.empty_like(found.qkv[0])]
+        for shape, steps, dtype in program.results[1:]:
+            made.append(torch.empty_strided(shape, steps, dtype=dtype, device=device))
         return made + [torch.empty(size, dtype=torch.uint8, device=device) for size in program.rooms]
 
     held = [found.calls[0](), memory()]  # what the arguments point to may be gone; nothing of it is looked at
@@ -287,9 +286,12 @@ def measured(name: str, device: torch.device, profile: bool) -> dict[str, Any]:
     """One row of the table."""
     with sparse(name, device) as found:
         row: dict[str, Any] = {"method": name, "again": of_thread(found.calls[:1]), "elsewhere": of_thread(found.calls)}
+        row["settled"] = bool(found.installation.run._settled)
         row["launches"], row["torch"], row["kernels"] = _outside(found)
         row["diffusers"] = of_thread((found.idle,))
-        with _no_replays():
+        compiled, empty = (of_thread((region,)) for region in compiled_regions(found.qkv))
+        row["compiled"], row["body"] = compiled, compiled - empty - row["launches"]
+        with _no_replays(found):
             found.calls[0]()
             row["usual"] = of_thread(found.calls[:1])
         with _no_operators(found):
@@ -324,10 +326,13 @@ def main() -> None:
     reason = why_not() if idle else None
     if reason is not None:
         parser.error(f"no idle driver: {reason}")
+    if idle:
+        _keep_memory()
     device = torch.device("cpu" if idle else "cuda")
     if args.no_self_test:
         backends.self_test = query_means.self_test = _nothing  # type: ignore[assignment]
-    columns = ("again", "elsewhere", "usual", "engine", "launches", "torch", "diffusers", "ours", "python")
+    columns = ("again", "elsewhere", "usual", "engine", "launches", "torch", "diffusers", "ours", "compiled", "body")
+    columns += ("python",)
     print("host time of one sparse attention call, microseconds" + (", idle driver" if idle else ""))
     print(f"{'':10}" + "".join(f"{column:>10}" for column in columns) + "   kernels")
     rows: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.plan import Plan
 
-__all__ = ["DeferredFlag", "LayerState"]
+__all__ = ["DeferredFlag", "LayerState", "MaskFlags"]
 
 
 class DeferredFlag:
@@ -39,6 +39,27 @@ class DeferredFlag:
         if self._event is not None:
             self._event.synchronize()
         return bool(self._host)
+
+
+class MaskFlags:
+    """Comparisons of masks in one forward call: its layers share the mask, and those before shared theirs."""
+
+    def __init__(self) -> None:
+        # With the masks, lest their memory serves others while their addresses are known here.
+        self._known: dict[Any, tuple[DeferredFlag, Tensor, Tensor]] = {}
+
+    def clear(self) -> None:
+        """Another forward call begins."""
+        self._known.clear()
+
+    def differ(self, now: Tensor, before: Tensor) -> DeferredFlag:
+        """Whether two masks ``[B, S]`` differ."""
+        if now.is_inference() or before.is_inference():  # they do not tell when they are written to
+            return DeferredFlag((now != before).any())
+        key = tuple([(x.data_ptr(), x._version, x.shape, x.stride()) for x in (now, before)])
+        if key not in self._known:
+            self._known[key] = DeferredFlag((now != before).any()), now, before
+        return self._known[key][0]
 
 
 @dataclass
@@ -92,8 +113,18 @@ class LayerState:
         """Whether the latest sparse step found the plan old."""
         return any([flag.read() for flag in self.old])
 
-    def watch(self, query: Tensor, key_valid: Tensor | None, similar: float, branch: str) -> None:
-        """Compare the mean query and the mask of a call with those of the plan; :meth:`has_turned` tells a step later."""
+    def watch(
+        self, query: Tensor, key_valid: Tensor | None, similar: float, branch: str, masks: MaskFlags | None = None
+    ) -> None:
+        """Compare the mean query and the mask of a call with those of the plan; :meth:`has_turned` tells a step later.
+
+        Args:
+            query: ``[B, H, S, D]``.
+            key_valid: bool ``[B, S]``, or ``None``.
+            similar: cosine of mean queries below which a plan is old, 0 for never.
+            branch: guidance branch of the call.
+            masks: what the layers before have compared in this forward call.
+        """
         if branch != self.branch:
             return
         self.old.clear()
@@ -101,7 +132,7 @@ class LayerState:
             cosine = torch.cosine_similarity(_mean(query), self.mean_query, dim=-1)
             self.old.append(DeferredFlag(cosine.amin() < similar))
         if key_valid is not None and self.key_valid is not None and key_valid is not self.key_valid:
-            self.old.append(DeferredFlag((key_valid != self.key_valid).any()))
+            self.old.append((MaskFlags() if masks is None else masks).differ(key_valid, self.key_valid))
 
 
 def _mean(query: Tensor) -> Tensor:

@@ -182,6 +182,10 @@ class ListCache:
             del self._pass[old]
             over -= held
 
+    def keeps(self, mask: BlockMask) -> bool:
+        """Whether the lists of a mask stay, so that nothing has to be said of its uses."""
+        return mask in self._stay
+
     def clear(self) -> None:
         """Forget all masks, without touching their lists."""
         self._stay.clear()

@@ -371,7 +371,7 @@ class Method:
         return first + (last - first) * min(max(place, 0.0), 1.0)
 
     def replace(self, **changes: Any) -> Method:
-        """Copy with some fields changed.
+        """Copy with some fields changed; :attr:`pictures` that do not go with the changes are left out.
 
         Raises:
             ValueError: for an unknown field (with the known ones) or a bad value.
@@ -384,9 +384,15 @@ class Method:
             )
         if "block_q" in changes or "block_k" in changes:
             changes = {"hopper_blocks": None, **changes}
-        if "pictures" not in changes:
-            changes["pictures"] = tuple(pair for pair in self.pictures if pair[0] not in changes)
-        return dataclasses.replace(self, **changes)
+        if "pictures" in changes:
+            return dataclasses.replace(self, **changes)
+        pictures = tuple(pair for pair in self.pictures if pair[0] not in changes)
+        try:
+            return dataclasses.replace(self, pictures=pictures, **changes)
+        except ValueError:
+            if not pictures:
+                raise
+            return dataclasses.replace(self, pictures=(), **changes)  # raises too, if it was not for these
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` is the inverse."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_accel.compensate import Compensation, SparseCall, make_compensation
 from dit_accel.context import valid_in_block_order
@@ -189,12 +190,40 @@ def execute_with_lse(
             return _execute_whole(q, k, v, some, key_valid, factor, backend, want_lse)
 
         return in_turns(part, plan, query, key, value, turns=turns, want_lse=want_lse)
-    if key_valid is None and plan.precision is None:
-        replays = replays_of(plan, query, backend)
-        if replays is not None:
-            args = plan, None, factor, backend, want_lse
-            return replays(_execute_whole, (query, key, value), (scale, backend, want_lse), *args)
-    return _execute_whole(query, key, value, plan, key_valid, factor, backend, want_lse)
+    replays = replays_of(plan, query, backend)
+    if replays is None:
+        return _execute_whole(query, key, value, plan, key_valid, factor, backend, want_lse)
+    if key_valid is None:
+        args = plan, None, factor, backend, want_lse
+        return replays(_execute_whole, (query, key, value), (scale, backend, want_lse), *args)
+    # What follows from the mask is computed each time, since nobody knows whether the mask is still the same.
+    moving = (query, key, value, *_of_mask(plan, key_valid))
+    return replays(_execute_masked, moving, (scale, backend, want_lse), plan, factor, backend, want_lse)
+
+
+def _of_mask(plan: Plan, key_valid: Tensor) -> tuple[Tensor, ...]:
+    """The mask ``[B, S]`` in block order, in one piece, and where means stand for blocks :func:`_pooled_bias`."""
+    valid = valid_in_block_order(key_valid, plan.key_order)
+    assert valid is not None
+    valid = valid.contiguous()
+    if not plan.compensate:
+        return (valid,)
+    block = plan.mask.block_k
+    blocks = F.pad(valid, (0, -valid.shape[1] % block)).unflatten(1, (-1, block))
+    return valid, blocks.sum(2, dtype=torch.float32).log()[:, None]
+
+
+def _execute_masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`_execute_whole` with what follows from a mask, see :func:`_of_mask`."""
+    *bias, plan, factor, backend, want_lse = rest
+    of_mask = valid, bias[0] if bias else None
+    return _execute_whole(query, key, value, plan, None, factor, backend, want_lse, of_mask)
 
 
 def _execute_whole(
@@ -206,10 +235,14 @@ def _execute_whole(
     factor: float,
     backend: str | None,
     want_lse: bool,
+    of_mask: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A plan for the whole batch and all heads. What it launches is decided by the plan and by layouts alone."""
+    """A plan for the whole batch and all heads. What it launches is decided by the plan and by layouts alone.
+
+    In place of ``key_valid`` there may be what :func:`_of_mask` has made of it.
+    """
     block = plan.mask.block_k
-    valid = valid_in_block_order(key_valid, plan.key_order)
+    valid, bias = (valid_in_block_order(key_valid, plan.key_order), None) if of_mask is None else of_mask
     pooled = move_keys = None
     ends = plan.compensation is _DROP or type(plan.compensation).finish is Compensation.finish
     if plan.compensate:
@@ -220,7 +253,8 @@ def _execute_whole(
             mean_k, _, count = block_stats(key, block=block, key_valid=valid)
             mean_v = block_stats(value, block=block, key_valid=valid).mean
         bits = plan.mask.bits if plan.seen_bits is None else plan.seen_bits
-        pooled = Pooled(mean_k, mean_v, _pooled_bias(plan, count, key_valid), bits)
+        bias = _pooled_bias(plan, count, key_valid) if bias is None else bias
+        pooled = Pooled(mean_k, mean_v, bias, bits)
     elif plan.precision is not None and ends:
         move_keys = plan.key_order  # quantising moves them in the same pass
     elif plan.key_order is not None:

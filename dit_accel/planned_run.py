@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_accel.adapter import StepInfo
 from dit_accel.context import PlanContext
 from dit_accel.geometry import TokenGeometry
-from dit_accel.layer_state import LayerState
+from dit_accel.layer_state import LayerState, MaskFlags
 from dit_accel.ledger import Ledger
 from dit_accel.method import Method
 from dit_accel.more_keys import MoreKeys
@@ -88,6 +88,7 @@ class PlannedRun:
         self._branches: set[str] = set()
         self._step = StepInfo()
         self._actions: dict[tuple[bool, int | None, bool], Action] = {}
+        self._masks = MaskFlags()
 
     def _take(self, method: Method) -> None:
         """Put a method in force."""
@@ -142,7 +143,7 @@ class PlannedRun:
             assert known is not None
             similar = self.method.reuse_rules.similar
             watched = self._watched(call.query) if similar else call.query
-            state.watch(watched, call.key_valid, similar, self._step.branch)
+            state.watch(watched, call.key_valid, similar, self._step.branch, self._masks)
             return Decision(reason="dense layer") if dense_leader else Decision(known)
         out = None
         if action is Action.DENSE_AND_PLAN or dense_leader:  # the attention of this step, not a cost of planning
@@ -211,6 +212,8 @@ class PlannedRun:
         self.ledger.count_plan(self._step.step, call.layer, plan.cost + extra)
         if plan.finite is not None:
             self.ledger.flag(_NOT_FINITE, plan.finite)
+        for note in ctx.notes:
+            self.ledger.flag(note, torch.tensor(False))
         return plan
 
     def _watched(self, query: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dit_accel.plan import Plan
+    from dit_accel_kernels.replay import Launches
 
-__all__ = ["PlanReplays", "replays_of"]
+__all__ = ["VARIABLE", "PlanReplays", "recorded", "replays_of", "switched_off"]
 
-_Three = tuple[Tensor, Tensor, Tensor]
+#: Environment variable that keeps launches from being made again.
+VARIABLE = "DIT_ACCEL_REPLAY"
+
+_Tensors = tuple[Tensor, ...]
 _Result = tuple[Tensor, "Tensor | None"]
 _Function = Callable[..., _Result]
 
@@ -42,7 +47,9 @@ class PlanReplays:
         stays += [plan.seen_bits, plan.bias, *plan.compensation.stays(plan)]
         stays += [x for o in (order, key_order) for x in ((None, None) if o is None else (o.table, o.head))]
         stays += [None] * 3 if windows is None else [windows.q_lo, windows.q_hi, windows.k_code]
-        self.replays = Replays(stays, (plan.compensation, mask.block_q, mask.block_k, plan.gather is None))
+        self._precision = plan.precision
+        key = plan.compensation, mask.block_q, mask.block_k, plan.gather is None, plan.precision
+        self.replays = Replays(stays, key)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # the copy of a plan has launched nothing yet
@@ -58,29 +65,35 @@ class PlanReplays:
             and self._seen_bits is plan.seen_bits
             and self._windows is plan.windows
             and self._gather is plan.gather
+            and self._precision is plan.precision
             and self._compensation is plan.compensation
         )
 
-    def __call__(self, function: _Function, moving: _Three, options: Hashable, *args: Any) -> _Result:
+    def __call__(self, function: _Function, moving: _Tensors, options: Hashable, *args: Any) -> _Result:
         """``function(*moving, *args)``, where ``options`` and the plan decide all that ``args`` do."""
         return self.replays(function, moving, (_layout(moving), options), *args)
 
-    def again(self, plan: Plan, moving: _Three, options: Hashable) -> _Result | None:
+    def again(self, plan: Plan, moving: _Tensors, options: Hashable) -> _Result | None:
         """What :meth:`__call__` returned for such tensors and options the last time it was asked, by launches alone.
 
         ``None`` if there was another call in between, or something has changed.
         """
-        if type(moving[0]) is not Tensor or _recorded() or not self.holds(plan):
+        if type(moving[0]) is not Tensor or recorded() or not self.holds(plan):
             return None
         return self.replays.again(moving, (_layout(moving), options))
 
+    def latest(self, moving: _Tensors, options: Hashable) -> Launches | None:
+        """What the call before has launched, if it was for such tensors and options."""
+        return self.replays.latest((_layout(moving), options))
 
-def _layout(tensors: _Three) -> Hashable:
-    query, key, value = tensors
-    return (
+
+def _layout(tensors: _Tensors) -> Hashable:
+    query, key, value, *rest = tensors
+    found = (
         *(query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype),
         *(value.shape, value.stride(), value.dtype, query.device),
     )
+    return found if not rest else (*found, *[part for x in rest for part in (x.shape, x.stride(), x.dtype)])
 
 
 @functools.lru_cache(maxsize=16)
@@ -91,22 +104,29 @@ def _bias(tokens: int, block: int, device: torch.device) -> Tensor:
         return (tokens - first).clamp(max=block).to(torch.float32).log()[None, None]
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
     """Whether somebody writes down what is computed."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def switched_off() -> bool:
+    """Whether ``DIT_ACCEL_REPLAY`` says ``off``, ``0``, ``false`` or ``no``."""
+    return os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no")
 
 
 def replays_of(plan: Plan, query: Tensor, backend: str | None) -> PlanReplays | None:
     """What may carry out a call of a plan in place of its Python, ``None`` if nothing may.
 
+    Plans that nothing was recorded for yet ask :data:`VARIABLE`.
+
     Args:
-        plan: in 16 bit, without a mask of keys, carried out as a whole.
+        plan: one that is carried out as a whole.
         query: ``[B, H, S, D]``.
         backend: who is to compute it.
     """
     if backend not in _BACKENDS or not (query.is_cuda or _EVERYWHERE) or type(query) is not Tensor:
         return None
-    if _recorded():
+    if recorded():
         return None
     if plan.compensation.pooled and plan.bias is None:
         if torch.cuda.is_current_stream_capturing():
@@ -114,5 +134,8 @@ def replays_of(plan: Plan, query: Tensor, backend: str | None) -> PlanReplays | 
         plan.bias = _bias(plan.mask.k_len, plan.mask.block_k, query.device)
     known: PlanReplays | None = plan.replays
     if known is None or not known.holds(plan):
+        if switched_off():
+            plan.replays = None
+            return None
         known = plan.replays = PlanReplays(plan)
     return known

@@ -27,6 +27,7 @@ from dit_accel.planner import Planner
 from dit_accel.policy import Policy
 from dit_accel.precision.by_head import HeadPrecisions
 from dit_accel.score import SCORES
+from dit_accel.settled import Settled, settled
 from dit_accel.share import HeadShare
 from dit_accel.static_plan import Recorder, StaticPlan
 from dit_accel.work import LayerRoles
@@ -97,6 +98,7 @@ class ModelRun(PlannedRun):
         self._fresh = True
         # What the layers of one forward call would ask in vain again.
         self._answers: dict[Any, tuple[str | None, str | None]] = {}
+        self._settled: dict[tuple[str, int], Settled] = {}
 
     @property
     def module(self) -> nn.Module | None:
@@ -130,6 +132,7 @@ class ModelRun(PlannedRun):
         self._step = step
         self._answers.clear()
         self._actions.clear()
+        self._masks.clear()
         self.ledger.geometry = str(geometry)
         if isinstance(geometry, TokenGeometry):
             self._fit_grid(geometry, step.steps)
@@ -142,6 +145,7 @@ class ModelRun(PlannedRun):
     def _forget(self) -> None:
         """Drop all plans, and the number formats that were found for them."""
         super()._forget()
+        self._settled.clear()
         if self._head_precisions is not None:
             self._head_precisions.clear()
 
@@ -212,6 +216,27 @@ class ModelRun(PlannedRun):
         # What is spread over processes is blended when the heads are together again.
         return self.blended(out, value, layer) if self.blends and self.share is None else out
 
+    def again(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
+        """What :meth:`attend` returns without a mask, in one piece, where nothing is left to decide; else ``None``.
+
+        Args:
+            layer: index of the layer.
+            query: ``[B, S, H, D]``.
+            key: like ``query``.
+            value: like ``key``.
+            scale: factor of the logits, ``D ** -0.5`` if ``None``.
+        """
+        where = self._step.branch, layer
+        found = self._settled.get(where)
+        if found is None or self.blends or self.share is not None:
+            return None
+        if self.recorder is not None or self.observer is not None:
+            return None
+        out = found(self, layer, query, key, value, scale)
+        if out is None:
+            del self._settled[where]  # which keeps a plan that may just be made anew
+        return out
+
     def blended(self, out: Tensor, value: Tensor, layer: int) -> Tensor:
         """The output ``[B, S, H, D]`` of a layer after the blends in force; see :class:`Blend`."""
         for blend in self.blends:
@@ -266,7 +291,12 @@ class ModelRun(PlannedRun):
         decision = self._decide(call)
         if decision.plan is not None:
             plan = self._counted(call, decision.plan, reused=decision.reused)
-            return self._sparse(call, plan).transpose(1, 2)
+            out = self._sparse(call, plan).transpose(1, 2)
+            if decision.reused and key_valid is None and plan.replays is not None:
+                found = settled(self, call, plan, (query, key, value), out)
+                if found is not None:
+                    self._settled[self._step.branch, layer] = found
+            return out
         self._count_dense(layer, decision.reason)
         if decision.dense is None:
             return dense(query, key, value)

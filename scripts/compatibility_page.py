@@ -53,14 +53,19 @@ GPU that it needs was not.
 TAIL = """## What the host pays
 
 Where a layer is sparse, the host looks up its plan and launches kernels. The first call of a layout takes all of the
-kernels' Python; later ones make its launches again with other addresses ([design](design.md#launches-made-again)). On the
-host of an H200 a call of `auto` took 85 microseconds instead of 745, its eight launches by the driver (33) and torch's
-allocations and views (11) included: 40 are ours. `adaspa` took 55 instead of 258, of which 33 are ours
-(`benchmarks/host_overhead.py`, which needs no GPU; record: `benchmarks/results/host_overhead.json`). With a mask of
-keys, in 8 bit, and for compensations that torch computes (`pisa`, `rectified` and the like) every call goes the long way.
+kernels' Python; later ones make its launches again with other addresses, and where the schedule has nothing new to say they
+do so first of all ([design](design.md#launches-made-again)). On the host of an H200 a call of `auto` took 49 microseconds
+instead of 766, its eight launches by the driver (31), torch's allocations (4) and the dispatch of diffusers (2) included:
+12 are ours. `adaspa` took 25 instead of 260, of which 11 are ours (`benchmarks/host_overhead.py`, which needs no GPU;
+record: `benchmarks/results/host_overhead.json`). With a mask of keys torch computes what follows from the mask besides.
+For compensations that torch computes (`pisa`, `rectified` and the like) every call goes the long way.
 
 A compiled graph holds one operator for each attention call: the processor and the dispatch are traced away, and the body of
-the operator stays. A replayed CUDA graph runs no Python, and so repeats the plan of the step that was captured.
+the operator stays. In a compiled region with nothing else it took 42 microseconds (`auto`) and 32 (`adaspa`) beyond its
+launches and an operator that only allocates its output, with the processor's caches full of other things. It runs ahead of
+the GPU ([whole steps](e2e.md#what-the-host-does-meanwhile)). `mode="reduce-overhead"` leaves the operator between its
+CUDA graphs, since what it does differs from step to step. A CUDA graph that you capture and replay yourself runs no Python
+of ours at all, and so repeats the plan of the step that was captured.
 
 ## More about threads
 

@@ -1,8 +1,9 @@
 """Writing down the launches of one call, with where each of their addresses comes from.
 
 A recording runs a function as it is, and watches: kernels that are started through :func:`._launch.launch`, tensors
-that are allocated, views of them. All else that computes or changes a tensor cannot be made again by launches alone; if
-anything of it is used, the recording says so and is thrown away. Imports no triton.
+that are allocated, views of them, and tensors that are filled with one value, for which a kernel of ours is put down. All
+else that computes or changes a tensor cannot be made again by launches alone; if anything of it is used, the recording says
+so and is thrown away. Imports no triton before it has to.
 """
 
 from __future__ import annotations
@@ -30,6 +31,20 @@ _ALLOCATIONS = frozenset(
         torch.ops.aten.new_empty_strided.default,
     )
 )
+# What a tensor is filled with: the value, or the place of the argument that says it.
+_FILLED: dict[Any, tuple[float | None, int]] = {
+    torch.ops.aten.ones.default: (1, 0),
+    torch.ops.aten.ones_like.default: (1, 0),
+    torch.ops.aten.new_ones.default: (1, 0),
+    torch.ops.aten.zeros.default: (0, 0),
+    torch.ops.aten.zeros_like.default: (0, 0),
+    torch.ops.aten.new_zeros.default: (0, 0),
+    torch.ops.aten.full.default: (None, 1),
+    torch.ops.aten.full_like.default: (None, 1),
+    torch.ops.aten.new_full.default: (None, 2),
+}
+_FILLABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool}
+_FILLABLE |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _VALUES = (int, float, str, type(None))
 
 
@@ -108,8 +123,11 @@ class Recording(TorchDispatchMode):
             self._fail(f"{func} changes a tensor")
         elif func in _ALLOCATIONS:
             if result.numel():
-                self._places[_storage(result)] = self._first + len(self.made)
-                self.made.append(result)
+                self._allocate(result)
+        elif func in _FILLED and _fillable(result):
+            value, place = _FILLED[func]
+            self._allocate(result)
+            self._fill(result, args[place] if value is None else value)
         else:
             self._note(func, result, args, kwargs)
         return result
@@ -144,6 +162,20 @@ class Recording(TorchDispatchMode):
             return None
         return Address(self._places[place], x.data_ptr() - place)
 
+    def _allocate(self, x: Tensor) -> None:
+        """Note a tensor that is new."""
+        self._places[_storage(x)] = self._first + len(self.made)
+        self.made.append(x)
+
+    def _fill(self, x: Tensor, value: float) -> None:
+        """Fill a tensor once more, by a kernel that can be started again."""
+        from .fills.triton import FILL_BLOCK, fill_kernel
+
+        count, flat = x.numel(), x.view(torch.uint8) if x.dtype == torch.bool else x
+        value = float(value) if x.is_floating_point() else int(value)
+        grid = (-(-count // FILL_BLOCK),)
+        self.start(fill_kernel, grid, flat, count, VALUE=value, BLOCK=FILL_BLOCK, num_warps=4)
+
     def _open(self, value: Any) -> Any:
         """An argument with its address left open."""
         if isinstance(value, Tensor):
@@ -170,6 +202,11 @@ class Recording(TorchDispatchMode):
 
     def _fail(self, reason: str) -> None:
         self.failure = self.failure or reason
+
+
+def _fillable(x: Tensor) -> bool:
+    """Whether a kernel can fill a new tensor."""
+    return bool(x.numel()) and x.is_contiguous() and x.dtype in _FILLABLE
 
 
 def _storage(x: Tensor) -> int:

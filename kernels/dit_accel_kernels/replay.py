@@ -19,7 +19,7 @@ from torch import Tensor
 from .programs import Program, Ready, make_program
 from .recording import Recording
 
-__all__ = ["Replays", "forget_replays"]
+__all__ = ["Launches", "Replays", "forget_replays"]
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -49,8 +49,8 @@ class Replays:
         layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in stays)
         alike = tuple(self._stays.index(address) for address in self._stays)
         self._key = (key, layouts, alike)
-        self._bound: dict[Hashable, _Bound | None] = {}
-        self._latest: tuple[Hashable, _Bound | None] = ((), None)
+        self._bound: dict[Hashable, Launches | None] = {}
+        self._latest: tuple[Hashable, Launches | None] = ((), None)
 
     def __call__(
         self, function: Callable[..., Result], moving: tuple[Tensor, ...], key: Hashable, *args: Any
@@ -75,16 +75,21 @@ class Replays:
 
     def again(self, moving: tuple[Tensor, ...], key: Hashable) -> Result | None:
         """What :meth:`__call__` returns for the key of the call before; ``None`` for another, or without a replay."""
+        bound = self.latest(key)
+        return None if bound is None else bound(moving)
+
+    def latest(self, key: Hashable) -> Launches | None:
+        """What the call before has launched, if it was one of this key and its launches can be made again."""
         latest, bound = self._latest
         # Comparing is quicker than looking up: long keys are slow to hash.
-        return None if bound is None or key != latest else bound(moving)
+        return None if bound is None or key != latest else bound
 
     def _first(self, function: Callable[..., Result], moving: tuple[Tensor, ...], key: Hashable, *args: Any) -> Result:
         """The first call with such tensors: recorded, unless that of another caller was."""
         structure = (self._key, key)
         program = _programs.get(structure)
         if program is not None:
-            bound = self._bound[key] = _Bound(program, self._stays)
+            bound = self._bound[key] = Launches(program, self._stays)
             made = bound(moving)
             return function(*moving, *args) if made is None else made
         addresses = [x.data_ptr() for x in moving]
@@ -99,13 +104,13 @@ class Replays:
             if _failed[structure] >= _TRIES:
                 self._bound[key] = None
             return result
-        self._bound[key] = _Bound(program, self._stays)
+        self._bound[key] = Launches(program, self._stays)
         if not program.pinned:
             _put(_programs, structure, program, _PROGRAMS)
         return result
 
 
-class _Bound:
+class Launches:
     """A program whose tensors that stay are known; ``stays`` are their addresses."""
 
     def __init__(self, program: Program, stays: tuple[int, ...]) -> None:
@@ -117,29 +122,43 @@ class _Bound:
 
     def __call__(self, moving: tuple[Tensor, ...]) -> Result | None:
         """Launch; ``None``, and nothing has happened, if the call has to go the usual way."""
-        if self._runtime.launch_enter_hook.calls or self._runtime.launch_exit_hook.calls:
-            return None
-        if _current_device() == self._index:
-            return self._launch(moving)
-        with torch.cuda.device(self._index):
-            return self._launch(moving)
-
-    def _launch(self, moving: tuple[Tensor, ...]) -> Result | None:
-        program, index, device = self._program, self._index, self._program.device
         made = [
-            torch.empty_strided(shape, steps, dtype=dtype, device=device) for shape, steps, dtype in program.results
+            torch.empty_strided(shape, steps, dtype=dtype, device=self._program.device)
+            for shape, steps, dtype in self._program.results
         ]
-        rooms = [torch.empty(size, dtype=torch.uint8, device=device) for size in program.rooms]
-        addresses = (_current_stream(index), *[x.data_ptr() for x in (*moving, *made, *rooms)])
+        if not self._starts(moving, made):
+            return None
+        return made[0], made[1] if len(made) > 1 else None
+
+    def like(self, given: Tensor, moving: tuple[Tensor, ...]) -> Tensor | None:
+        """The first result with the shape, strides and dtype of ``given``, where it has these but for their order."""
+        made = [torch.empty_like(given)]
+        for shape, steps, dtype in self._program.results[1:]:
+            made.append(torch.empty_strided(shape, steps, dtype=dtype, device=self._program.device))
+        return made[0] if self._starts(moving, made) else None
+
+    def _starts(self, moving: tuple[Tensor, ...], made: list[Tensor]) -> bool:
+        """Start all kernels, which write ``made``, unless the call has to go the usual way."""
+        if self._runtime.launch_enter_hook.calls or self._runtime.launch_exit_hook.calls:
+            return False
+        if _current_device() == self._index:
+            return self._launch(moving, made)
+        with torch.cuda.device(self._index):
+            return self._launch(moving, made)
+
+    def _launch(self, moving: tuple[Tensor, ...], made: list[Tensor]) -> bool:
+        device = self._program.device
+        rooms = [torch.empty(size, dtype=torch.uint8, device=device) for size in self._program.rooms]
+        addresses = (_current_stream(self._index), *[x.data_ptr() for x in (*moving, *made, *rooms)])
         ready = self._ready.get(addresses)
         if ready is None:
-            if any(address % 16 for address in addresses[1:]):
-                return None
+            if any([address % 16 for address in addresses[1:]]):
+                return False
             ready = tuple([starter.filled(addresses) for starter in self._starters])
             _put(self._ready, addresses, ready, _READY)  # allocators give the same addresses again and again
         for start, args in ready:
             start(*args)
-        return made[0], made[1] if len(made) > 1 else None
+        return True
 
 
 def _put(where: dict[Any, Any], key: Any, value: Any, most: int) -> None:

@@ -73,11 +73,13 @@ class CallRule:
 
     Attributes:
         grouped: whether it takes calls with fewer key heads than query heads.
+        hands_over: whether a call of a geometry that the run knows goes to it as it is.
         geometry: what the run was told last.
         step: the step of the forward call.
     """
 
     grouped = False
+    hands_over = True
 
     def __init__(self) -> None:
         self.geometry: TokenGeometry | str = UNKNOWN_LENGTH
@@ -103,6 +105,7 @@ class KeysInFront(CallRule):
     """
 
     grouped = True
+    hands_over = False
 
     def attend(self, run: AttentionRun, call: Call) -> Tensor:
         """Bring the further keys behind, where the run expects them."""
@@ -121,6 +124,8 @@ class SampleBySample(CallRule):
     geometry, and for each sample its own plans, serve the run. The operator runs at run time, so counting the calls of a
     layer within a forward call tells the sample, compiled or not.
     """
+
+    hands_over = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Clock:
         self._first: int | None = None
         self._opening: set[str] = set()
         self._scale = 1000.0
+        self._told = StepInfo()
 
     def reset(self) -> None:
         """Forget the run: the next call is the first of a new one."""
@@ -89,6 +90,9 @@ class Clock:
             step, steps, now.schedule = self._from_scheduler(module, timestep)
             now.source = "scheduler" if step is not None else "timestep"
         if step is None:
+            if self._last is not None and _is_captured(raw):
+                # Nothing can be read. What is captured uses the plan of the call before, whatever step it is for.
+                return replace(self._told, step=None, steps=None), False
             timestep = now.timestep = _to_float(raw, wait=True)
             now.source = "timestep" if timestep is not None else "calls"
         now.step = step
@@ -105,8 +109,8 @@ class Clock:
         self._last = now
         branch = name or (_BRANCHES[now.ordinal] if now.ordinal < 2 else f"branch{now.ordinal}")
         progress = self._progress(now, steps)
-        info = StepInfo(now.step, steps, progress, str(branch), timestep, now.source)
-        return info, fresh
+        self._told = StepInfo(now.step, steps, progress, str(branch), timestep, now.source)
+        return self._told, fresh
 
     def _from_scheduler(self, module: nn.Module, timestep: float | None) -> tuple[int | None, int | None, Any]:
         """Step, number of steps and the schedule of the pipeline's scheduler, where they are about this call."""
@@ -220,11 +224,16 @@ def _timestep_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 def _to_float(value: Any, *, wait: bool) -> float | None:
     """The timestep as a number: of a tensor ``[]``, ``[B]`` or ``[B, S]`` the largest, for clean tokens have 0."""
     if isinstance(value, Tensor):
-        if value.numel() == 0 or value.is_meta or not (wait or value.device.type == "cpu"):
+        if value.numel() == 0 or value.is_meta or not (wait or value.device.type == "cpu") or _is_captured(value):
             return None
         with torch.no_grad():
             return float(value.max())
     return float(value) if isinstance(value, int | float) else None
+
+
+def _is_captured(value: Any) -> bool:
+    """Whether a CUDA graph is being captured from what is done with a tensor."""
+    return isinstance(value, Tensor) and value.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _same(a: float, b: float) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.adapter import Adapter
-from dit_accel_patches.handles import ForwardState, LayerHandle, find
+from dit_accel_patches.aligned import tell_inductor
+from dit_accel_patches.handles import TAGS, ForwardState, LayerHandle, find
 
 __all__ = ["CrossLayers", "clean"]
 
@@ -89,9 +90,11 @@ def _cross(output: Tensor, layer: Tensor) -> Tensor:
 
 
 def _cross_fake(output: Tensor, layer: Tensor) -> Tensor:
+    tell_inductor(cast(Any, torch.ops.dit_accel.cross).default)  # what is cloned is aligned
     return torch.empty_like(output, memory_format=torch.contiguous_format)
 
 
 _SCHEMA = "(Tensor output, Tensor layer) -> Tensor"
-_op = torch.library.custom_op("dit_accel::cross", _cross, mutates_args=(), schema=_SCHEMA)
+_tagged: dict[str, Any] = {"tags": TAGS} if TAGS else {}
+_op = torch.library.custom_op("dit_accel::cross", _cross, mutates_args=(), schema=_SCHEMA, **_tagged)
 _op.register_fake(_cross_fake)

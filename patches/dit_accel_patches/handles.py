@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from dit_accel.adapter import AttentionRun
 from dit_accel_patches.calls import CallRule
 from dit_accel_patches.parallel import Spread
 
-__all__ = ["ForwardState", "LayerHandle", "current", "enter", "find", "leave"]
+__all__ = ["TAGS", "ForwardState", "LayerHandle", "current", "enter", "find", "leave"]
+
+# What a call does differs from step to step: inductor must not capture it into a CUDA graph. Versions of torch that do not
+# know the tag capture no graph with an input on the CPU, as the layer's number is.
+TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+#: ``(layer, query, key, value, scale) -> out`` or ``None``, ``[B, S, H, D]``.
+Again = Callable[[int, Tensor, Tensor, Tensor, "float | None"], "Tensor | None"]
 
 
 class ForwardState:
@@ -25,6 +35,7 @@ class ForwardState:
 
     Attributes:
         run: receives the calls.
+        again: what the run makes again without being asked, as ``ModelRun.again``; ``None`` where it has no such thing.
         thread: the thread inside a forward call of the transformer, ``None`` between calls.
         rule: what the calls of this transformer need, ``None`` for nothing.
         row: the query whose row of a mask ``[B, 1, S, S]`` says which keys are valid, ``None`` where there is none.
@@ -33,6 +44,7 @@ class ForwardState:
 
     def __init__(self, run: AttentionRun, rule: CallRule | None = None) -> None:
         self.run = run
+        self.again: Again | None = getattr(run, "again", None)
         self.thread: threading.Thread | None = None
         self.rule = rule
         self.row: int | None = None

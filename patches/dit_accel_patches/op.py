@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.copies import in_one_piece
+from dit_accel_patches.aligned import ALIGNMENT, tell_inductor
 from dit_accel_patches.calls import Call
-from dit_accel_patches.handles import LayerHandle, find
+from dit_accel_patches.handles import TAGS, ForwardState, LayerHandle, find
 
 __all__ = ["DenseCall", "attend", "set_dense_call"]
 
@@ -49,6 +50,10 @@ def _attend(
     spread: bool = False,
 ) -> Tensor:
     handle = find(int(layer))
+    if mask is None and handle is not None and not causal:
+        out = _again(handle.state, handle.index, query, key, value, scale)
+        if out is not None:
+            return out
     found = None if handle is None else handle.state.spread
     if not spread and handle is not None and found is not None:
         handle.state.run.decline(handle.index, "context parallelism: this attention is not spread over the processes")
@@ -66,6 +71,16 @@ def _attend(
         return _registered()(handle, q, k, v, m, scale, causal, gqa, config)
 
     return _as_promised(found.attend(query, key, value, mask, handle, here, as_is), query)
+
+
+def _again(
+    state: ForwardState, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> Tensor | None:
+    """Attention where the layer's run has nothing left to decide, ``None`` where it has to be asked."""
+    again, rule = state.again, state.rule
+    if again is None or state.spread is not None or state.thread is None or not (rule is None or rule.hands_over):
+        return None
+    return again(index, query, key, value, scale)
 
 
 def _registered() -> DenseCall:
@@ -112,8 +127,9 @@ def _here(
 
 
 def _as_promised(out: Tensor, query: Tensor) -> Tensor:
-    """The dtype and layout that the fake kernel promised; under autocast dense attention returns another dtype."""
-    return in_one_piece(out if out.dtype == query.dtype else out.to(query.dtype))
+    """The dtype, layout and alignment that were promised; under autocast dense attention returns another dtype."""
+    out = in_one_piece(out if out.dtype == query.dtype else out.to(query.dtype))
+    return out if out.data_ptr() % ALIGNMENT == 0 else out.clone()
 
 
 def _attend_fake(
@@ -127,12 +143,13 @@ def _attend_fake(
     gqa: bool,
     spread: bool = False,
 ) -> Tensor:
+    tell_inductor(cast(Any, torch.ops.dit_accel.attend).default)
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 # Not torch.library.custom_op: what that puts around a call in Python costs 9 microseconds of 12, each time.
 _library = torch.library.Library("dit_accel", "FRAGMENT")
-_library.define("attend" + _SCHEMA)
+_library.define("attend" + _SCHEMA, tags=TAGS)
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("dit_accel::attend", _attend_fake, lib=_library)
 

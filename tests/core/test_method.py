@@ -110,3 +110,16 @@ def test_axes_stands_for_the_six_permutations() -> None:
     both = Method(name="x", order=("raster", "axes", "fhw"), order_choice="recall")
     assert both.order == ("raster", *method.order)
     assert Method.from_json(method.to_json()) == method
+
+
+def test_a_change_that_does_not_go_with_the_form_for_pictures_leaves_it_out() -> None:
+    auto = get_method("auto")
+    assert dict(auto.pictures)["compensate"].startswith("residual")
+    assert dict(auto.replace(density=0.4).pictures)["compensate"] == dict(auto.pictures)["compensate"]
+    led = auto.replace(reuse=("every:2", "leaders:0x2"))  # a residual belongs to one layer
+    assert led.pictures == ()
+    assert led.compensate == auto.compensate
+    with pytest.raises(ValueError, match="cannot go with reuse"):
+        auto.replace(reuse=("every:2", "leaders:0x2"), pictures=auto.pictures)
+    with pytest.raises(ValueError, match="warmup"):
+        auto.replace(warmup=2.0)

@@ -196,15 +196,26 @@ def test_a_changed_plan_is_launched_as_changed(log: Log) -> None:
 
 
 @needs_idle
-def test_masks_of_keys_and_other_backends_go_the_usual_way(log: Log, counted: Counted) -> None:
+def test_other_backends_go_the_usual_way(log: Log, counted: Counted) -> None:
     plan, qkv = plan_of("adaspa"), tensors()
-    valid = torch.ones(1, GRID.tokens, dtype=torch.bool)
-    for runs in range(1, 4):
-        execute_with_lse(plan, *qkv, scale=None, key_valid=valid, backend="hopper")
-        assert counted.runs == runs
     for backend in ("reference", "cpu", "flex", None):
         assert replayed.replays_of(plan, qkv[0], backend) is None
     assert plan.replays is None
+
+
+@needs_idle
+@pytest.mark.parametrize("value", ["off", "0", " False ", "no"])
+def test_the_switch(log: Log, counted: Counted, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    plan, qkv = plan_of("adaspa"), tensors()
+    monkeypatch.setenv(replayed.VARIABLE, value)
+    for runs in range(1, 4):
+        sparse(plan, qkv)
+        assert counted.runs == runs
+    assert plan.replays is None
+    monkeypatch.setenv(replayed.VARIABLE, "on")
+    for _ in range(3):
+        sparse(plan, qkv)
+    assert counted.runs == 4
 
 
 @needs_idle

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dit_accel
-from dit_accel import replayed
+from dit_accel import replayed, settled
 from dit_accel.presets import get_method, load_methods
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -32,19 +32,22 @@ def run(case: str, name: str, *, again: bool, monkeypatch: pytest.MonkeyPatch) -
     given = inputs(TOY[case], device, torch.bfloat16)
     method = get_method(name)
     options: dict[str, Any] = {} if method.density is None else {"density": 0.4}
-    real = replayed.PlanReplays.again
 
-    def counting(*args: Any) -> Any:
-        nonlocal count
-        made = real(*args)
-        count += made is not None
-        return made
+    def counting(real: Any) -> Any:
+        def counts(*args: Any) -> Any:
+            nonlocal count
+            made = real(*args)
+            count += made is not None
+            return made
+
+        return counts
 
     outputs = []
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(replayed.PlanReplays, "again", counting)
+        patch.setattr(replayed.PlanReplays, "again", counting(replayed.PlanReplays.again))
+        patch.setattr(settled.Settled, "__call__", counting(settled.Settled.__call__))
         if not again:
-            patch.setattr(replayed, "_BACKENDS", frozenset())
+            patch.setenv(replayed.VARIABLE, "off")
         with dit_accel.enabled(model, name, min_tokens=0, warmup=0.0, **options) as handle:
             torch.manual_seed(0)
             for step in range(STEPS):

@@ -225,3 +225,13 @@ def test_sdpa_models_compile_to_one_graph(make_run):
     assert run.layers == [0, 1]
     installation.undo()
     torch._dynamo.reset()
+
+
+def test_inductor_leaves_the_operators_out_of_its_cuda_graphs():
+    import dit_accel_patches.cross
+    import dit_accel_patches.op  # noqa: F401
+
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch captures no graph with an input on the CPU")
+    for operator in (torch.ops.dit_accel.attend.default, torch.ops.dit_accel.cross.default):
+        assert torch.Tag.cudagraph_unsafe in operator.tags

@@ -8,7 +8,7 @@ from diffusers.hooks import hooks
 from torch import nn
 
 from dit_accel.geometry import TokenGeometry
-from dit_accel_patches.clock import Clock
+from dit_accel_patches.clock import Clock, _is_captured
 from dit_accel_patches.flux import ADAPTER as FLUX
 from dit_accel_patches.install import install
 from dit_accel_patches.wan import ADAPTER as WAN
@@ -250,3 +250,15 @@ def test_a_stale_scheduler_is_not_believed(flux):
     flux.pipe._current_timestep = torch.tensor(900.0)
     told = feed(clock, 300, 200)
     assert [(i.step, i.source) for i, _ in told] == [(0, "timestep"), (1, "timestep")]
+
+
+def test_what_is_captured_is_like_the_call_before(monkeypatch):
+    clock = Clock()
+    before = feed(clock, 900, 800)
+    with monkeypatch.context() as patch:
+        patch.setattr("dit_accel_patches.clock._is_captured", lambda value: isinstance(value, torch.Tensor))
+        (captured,) = feed(clock, 700)
+    told, fresh = captured
+    assert (told.step, told.branch, told.progress, fresh) == (None, "cond", before[-1][0].progress, False)
+    assert brief(feed(clock, 700)) == [(2, "cond", False)]
+    assert not _is_captured(torch.zeros(1))
