@@ -118,7 +118,7 @@ def test_group_offload(
 
 @pytest.mark.gpu
 @pytest.mark.combination(
-    "Placement", "offload between CPU and GPU", "not run", "model, sequential, by group with a stream"
+    "Placement", "offload between CPU and GPU", "works", "model, sequential, by group with a stream; run on an H200"
 )
 @pytest.mark.parametrize("kind", ["model", "sequential", "group", "to"])
 def test_offload_from_a_gpu(wan: Any, ran_sparse: Any, kind: str) -> None:
