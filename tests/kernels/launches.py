@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _idle_driver
 
-__all__ = ["REASON", "Log", "same_form", "watched"]
+__all__ = ["REASON", "Log", "agree", "same_form", "watched"]
 
 REASON = _idle_driver.why_not()
 _HEAD = 13  # arguments of the launcher before those of the kernel
@@ -86,3 +86,22 @@ def same_form(log: Log, *known: Tensor | None) -> Log:
         return names.setdefault(value, f"made {len(names)}")
 
     return [tuple(named(value) for value in entry) for entry in log]
+
+
+def agree(found: Log, wanted: Log) -> bool:
+    """Whether launches in the form of :func:`same_form` are the wanted ones; memory that was free again may serve twice.
+
+    Args:
+        found: whose addresses may each stand for several tensors, one after the other.
+        wanted: whose addresses stand for one tensor each.
+    """
+    served: dict[str, str] = {}
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, tuple) and isinstance(other, tuple):
+            return len(one) == len(other) and all(map(same, one, other))
+        if isinstance(one, str) and isinstance(other, str) and other.startswith("made "):
+            return served.setdefault(other, one) == one
+        return bool(one == other)
+
+    return len(found) == len(wanted) and all(map(same, found, wanted))

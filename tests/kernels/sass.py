@@ -11,7 +11,9 @@ from typing import Any
 
 __all__ = ["compiled"]
 
-# For each spec of a module: ``log`` of ptxas, ``lines`` of SASS as (address, text), and ``place``, the line at an address.
+# For each spec of a module: ``log`` of ptxas, ``lines`` of SASS as (address, text), and ``bodies``: the instructions of
+# each loop, or from where any other jump backwards leads, with the places of waits for products among them. ``counted``
+# counts instructions by name.
 _FRONT = r"""
 import importlib, json, os, re, subprocess, sys, tempfile
 import triton
@@ -33,7 +35,16 @@ for spec in AOT_SPECS:
         command = [os.path.join(tools, "cuobjdump"), "-sass", cubin]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-    place = {address: i for i, (address, _) in enumerate(lines)}
+    place, bodies = {address: i for i, (address, _) in enumerate(lines)}, []
+    for i, (_, text) in enumerate(lines):
+        target = re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)
+        start = place.get(int(target[1], 16), i) if target else i
+        if start < i:
+            body = [text for _, text in lines[start : i + 1]]
+            bodies.append((body, [j for j, t in enumerate(body) if "DEPBAR.LE gsb0" in t]))
+
+    def counted(body, *names):
+        return {name: sum(name in text for text in body) for name in names}
 """
 
 

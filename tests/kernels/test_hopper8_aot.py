@@ -10,16 +10,12 @@ pytest.importorskip("triton")
 
 LOOK = r"""
     loops = []
-    for i, (address, text) in enumerate(lines):
-        target = re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)
-        start = place.get(int(target[1], 16), i) if target else i
-        body = [text for _, text in lines[start : i + 1]]
-        waits = [j for j, t in enumerate(body) if "DEPBAR.LE gsb0" in t]
+    for body, waits in bodies:
         # One step. Waits for barriers that had to be repeated jump into its middle; a job has more of them than a step.
         barriers = sum("SYNCS" in t for t in body)
-        if start < i and len(waits) == 2 and body[0].startswith("BAR.SYNC") and barriers < 8:
+        if len(waits) == 2 and body[0].startswith("BAR.SYNC") and barriers < 8:
             turns = [j for j, t in enumerate(body) if "BAR.ARV" in t] or [0]
-            counts = {n: sum(n in t for t in body) for n in ("GMMA", "VOTE", "STL", "LDL", "BAR.ARV")}
+            counts = counted(body, "GMMA", "VOTE", "STL", "LDL", "BAR.ARV")
             counts["between"] = sum("MUFU.EX2" in t for t in body[waits[0] : waits[-1]])
             counts["before the turn"] = sum("MUFU.EX2" in t for t in body[: turns[0]])
             loops.append(counts)

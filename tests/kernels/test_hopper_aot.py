@@ -10,17 +10,13 @@ pytest.importorskip("triton")
 
 LOOK = r"""
     loops = []
-    for i, (address, text) in enumerate(lines):
-        target = re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)
-        start = place.get(int(target[1], 16), i) if target else i
-        body = [text for _, text in lines[start : i + 1]]
-        waits = [j for j, t in enumerate(body) if "DEPBAR.LE gsb0" in t]
+    for body, waits in bodies:
         # One step: a wait for the logits and one for the product with the values. Waits for barriers that had to be
         # repeated jump into its middle.
-        if start < i and len(waits) == 2 and body[0].startswith("BAR.SYNC"):
+        if len(waits) == 2 and body[0].startswith("BAR.SYNC"):
             between = sum("MUFU.EX2" in t for t in body[waits[0] : waits[1]])
-            names = ("HGMMA", "MUFU.EX2", "FMNMX", "STL", "LDL")
-            loops.append({"length": len(body), "between": between} | {n: sum(n in t for t in body) for n in names})
+            found = counted(body, "HGMMA", "MUFU.EX2", "FMNMX", "STL", "LDL")
+            loops.append(found | {"length": len(body), "between": between})
     # Exponentials between each wait for logits and the next wait, which is for the product with the values.
     under, since = [], None
     for _, text in lines:

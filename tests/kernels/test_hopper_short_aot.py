@@ -10,17 +10,13 @@ pytest.importorskip("triton")
 
 LOOK = r"""
     loops = []
-    for i, (address, text) in enumerate(lines):
-        target = re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)
-        start = place.get(int(target[1], 16), i) if target else i
-        body = [text for _, text in lines[start : i + 1]]
-        waits = [j for j, t in enumerate(body) if "DEPBAR.LE gsb0" in t]
+    for body, waits in bodies:
         # One step: a wait for the logits and one for the product with the values. Of the loops that hold this one, the
         # first step of which is peeled off, and of waits that had to be repeated, none has two waits and one product each.
-        if start < i and len(waits) == 2 and sum("HGMMA" in t for t in body) <= 16 and len(body) < 600:
+        if len(waits) == 2 and sum("HGMMA" in t for t in body) <= 16 and len(body) < 600:
             between = sum("MUFU.EX2" in t for t in body[waits[0] : waits[1]])
-            names = ("HGMMA", "MUFU.EX2", "FMNMX", "STL", "LDL")
-            loops.append({"length": len(body), "between": between} | {n: sum(n in t for t in body) for n in names})
+            found = counted(body, "HGMMA", "MUFU.EX2", "FMNMX", "STL", "LDL")
+            loops.append(found | {"length": len(body), "between": between})
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
     print(json.dumps({"name": spec.name, "serialized": "C75" in log, "spilled": spilled, "loops": loops}))
 """

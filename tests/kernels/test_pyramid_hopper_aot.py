@@ -10,15 +10,11 @@ pytest.importorskip("triton")
 
 LOOK = r"""
     loops = []
-    for i, (address, text) in enumerate(lines):
-        target = re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)
-        start = place.get(int(target[1], 16), i) if target else i
-        body = [text for _, text in lines[start : i + 1]]
-        names = ("HGMMA", "MUFU.EX2", "STL", "LDL", "LDGSTS.E.BYPASS.128", "LDGSTS")
-        counts = {n: sum(n in t for t in body) for n in names} | {"length": len(body)}
-        if start < i and body[0].startswith("BAR.SYNC") and counts["HGMMA"] and len(body) < 700:
+    for body, _ in bodies:
+        counts = counted(body, "HGMMA", "MUFU.EX2", "STL", "LDL", "LDGSTS.E.BYPASS.128", "LDGSTS") | {"length": len(body)}
+        if body[0].startswith("BAR.SYNC") and counts["HGMMA"] and len(body) < 700:
             loops.append(counts)
-        if start < i and counts["LDGSTS"] and not counts["HGMMA"] and len(body) < 600:
+        if counts["LDGSTS"] and not counts["HGMMA"] and len(body) < 600:
             loops.append(counts)
     print(json.dumps({"name": spec.name, "serialized": "C7515" in log, "loops": loops}))
 """

@@ -10,16 +10,12 @@ pytest.importorskip("triton")
 
 LOOK = r"""
     loops = []
-    for i, (address, text) in enumerate(lines):
-        target = re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)
-        start = place.get(int(target[1], 16), i) if target else i
-        body = [text for _, text in lines[start : i + 1]]
+    for body, waits in bodies:
         # One tile: three products, of queries and keys and of two sorts of weights with values.
         if sum("HGMMA" in t for t in body) in (12, 16) and not any("STG" in t for t in body):
-            waits = [j for j, t in enumerate(body) if "DEPBAR.LE gsb0" in t]
             between = sum("MUFU.EX2" in t for t in body[waits[0] : waits[-1]])
-            names = ("MUFU.EX2", "FMNMX", "STL", "LDL")
-            loops.append({"waits": len(waits), "between": between} | {n: sum(n in t for t in body) for n in names})
+            found = counted(body, "MUFU.EX2", "FMNMX", "STL", "LDL")
+            loops.append(found | {"waits": len(waits), "between": between})
     serialized = any(code in log for code in ("C7510", "C7512", "C7514", "C7515", "C7518"))
     print(json.dumps({"name": spec.name, "serialized": serialized, "loops": loops}))
 """
