@@ -1,4 +1,4 @@
-"""Quality of every method at equal work: the tables of docs/methods.md.
+"""Quality of the first methods at equal work: the first table of docs/results.md.
 
     python benchmarks/methods.py --out benchmarks/results/methods        # 16 prompts on a GPU, about three minutes
     python benchmarks/methods.py --toy                                   # the same, small, for a CPU

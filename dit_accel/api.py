@@ -25,8 +25,11 @@ from dit_accel.static_plan import StaticPlan
 from dit_accel_kernels.backends import BACKENDS
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from dit_accel.calibration.run import ProgressFn
     from dit_accel.cost import CostModel
+    from dit_accel.options import MethodOptions
     from dit_accel.profiles import Profile
 
 __all__ = [
@@ -58,7 +61,7 @@ def enable(
     target_error: float | None = None,
     profile: Profile | str | Path | None = None,
     plan: Plans | None = None,
-    **overrides: Any,
+    **overrides: Unpack[MethodOptions],
 ) -> Handle:
     """Accelerate a pipeline or a transformer. Enabling again replaces what was in force.
 
@@ -66,9 +69,10 @@ def enable(
         target: a diffusers pipeline (all its transformers are accelerated), or one transformer.
         method: name from :func:`methods`, or a :class:`~dit_accel.Method`. Left out it is ``"auto"``, or where
             slots are given by keyword, a composition of these alone: ``enable(pipe, order="gilbert",
-            score="xattn", select="top_p:0.9", compensate="mean")``.
-        backend: kernel backend (``"hopper"``, ``"triton"``, ``"cpu"``, ``"reference"``); ``None`` takes the best
-            that passes its self-test. The environment variable ``DIT_ACCEL_BACKEND`` sets a default.
+            score="antidiagonal", select="top_p:0.9", compensate="mean")``.
+        backend: kernel backend (``"hopper"``, ``"triton"``, ``"cpu"``, ``"flex"``, ``"flash4"``, ``"reference"``);
+            ``None`` takes the best that passes its self-test. One that cannot run raises at the first sparse call, with
+            the reason. The environment variable ``DIT_ACCEL_BACKEND`` sets a default.
         min_tokens: shorter sequences stay dense. Left out it is 2048, and where neither a method nor how it is to
             run was given, calls also stay dense on a GPU where sparse attention was measured not to be faster (see
             :mod:`dit_accel.cost`; ``DIT_ACCEL_COST_MODEL=off`` switches that off).
@@ -85,13 +89,13 @@ def enable(
         **overrides: fields of :class:`~dit_accel.Method`, such as ``density=0.3`` or ``warmup=0.1``.
 
     Returns:
-        A handle with ``disable()`` and ``stats()``, usable as a context manager.
+        A handle with ``disable()`` and ``status()``, usable as a context manager.
 
     Raises:
         ValueError: unknown method or option, a value out of range, a target without a transformer, a
             model that no adapter knows, a static method without a plan, or a profile of another model.
+        TypeError: a method, plan or profile that is of no kind it can be.
         FileNotFoundError: if there is no plan or profile at the path.
-        RuntimeError: if an explicitly requested backend cannot run here.
     """
     from dit_accel.targets.wish import Wish
 
@@ -108,7 +112,7 @@ def enable(
     if profile is not None:
         granted = wish.grant_by_profile(method, modules, backend)
     else:
-        chosen, plans = with_plans(method, overrides, modules, run_density, plan)
+        chosen, plans = with_plans(method, dict(overrides), modules, run_density, plan)
         granted = wish.grant(chosen, modules, backend)
         granted.plans.update(plans)
     for warning in granted.warnings:

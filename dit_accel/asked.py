@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,17 @@ __all__ = ["Plans", "choose", "transformers_of", "with_plans"]
 
 _COMPONENTS = ("transformer", "transformer_2", "transformer_3")
 _SLOTS = {"order", "order_choice", "score", "select", "compensate"}
+_WINDOW = {"window": None, "stride": 1, "dilation": 1, "causal": False}
+_FIELDS = sorted({f.name for f in dataclasses.fields(Method)} - {"name", "summary", "paper", "version"})
+_OPTIONS = ("backend", "min_tokens", "plan", "profile", "quality", "run_density", "target_error", "target_psnr")
+# What other libraries call it.
+_ELSEWHERE = {
+    "sparsity": "density, which is 1 - sparsity",
+    "topk": "density, the share of the blocks that is computed",
+    "block_size": "block_q and block_k",
+    "warmup_steps": "warmup, a share of the steps such as 0.2",
+    "skip_layers": "dense_layers",
+}
 
 Plans = StaticPlan | str | Path | Mapping[str, StaticPlan]
 
@@ -29,9 +42,10 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
     )
     modules = {name: getattr(m, "_orig_mod", m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not modules:
+        unet = "; pipelines with a U-Net are not supported" if getattr(target, "unet", None) is not None else ""
         raise ValueError(
             "expected a diffusers pipeline with a transformer, or a transformer, got "
-            f"{type(target).__name__} without any of {', '.join(_COMPONENTS)}"
+            f"{type(target).__name__} without any of {', '.join(_COMPONENTS)}{unet}"
         )
     return modules
 
@@ -43,6 +57,8 @@ def _plans(plan: Plans | None, names: Sequence[str]) -> dict[str, StaticPlan]:
         plan = StaticPlan.load(plan)
     if isinstance(plan, StaticPlan):
         return dict.fromkeys(names, plan)
+    if not isinstance(plan, Mapping):
+        raise TypeError(f"plan must be a StaticPlan, its file or a mapping by component, got {type(plan).__name__}")
     return dict(plan)
 
 
@@ -105,6 +121,7 @@ def with_plans(
 
 def choose(method: str | Method | None, overrides: dict[str, Any]) -> Method:
     """The method that was asked for: a known one with changes, or slots by keyword."""
+    _check_names(overrides)
     if method is None and not _SLOTS & set(overrides):
         method = "auto"
     if method is not None:
@@ -116,13 +133,33 @@ def choose(method: str | Method | None, overrides: dict[str, Any]) -> Method:
             f"select={overrides['select']!r} cannot go with score={chosen.score!r}: a pattern has chosen its blocks "
             "already; leave select out, or give a score that looks at the data"
         )
+    idle = [name for name, nothing in _WINDOW.items() if overrides.get(name, nothing) != nothing]
+    if idle and parse_spec(chosen.score).name != "window":
+        raise ValueError(
+            f"{', '.join(idle)} would do nothing with method {chosen.name!r}, whose score is {chosen.score!r}; "
+            "use method 'na', 'gna' or 'dina', or score='window'"
+        )
     return chosen
+
+
+def _check_names(overrides: Mapping[str, Any]) -> None:
+    """Refuse a keyword that neither a method nor ``enable`` has, with the one that was probably meant."""
+    unknown = sorted(set(overrides) - set(_FIELDS) - {"name", "summary", "paper", "version"})
+    if not unknown:
+        return
+    close = difflib.get_close_matches(unknown[0], [*_FIELDS, *_OPTIONS], n=1)
+    meant = _ELSEWHERE.get(unknown[0]) or (repr(close[0]) if close else None)
+    hint = f", did you mean {meant}?" if meant else ";"
+    raise ValueError(
+        f"unknown option {', '.join(map(repr, unknown))}{hint} fields of a method are {', '.join(_FIELDS)}; further "
+        f"options of enable are {', '.join(_OPTIONS)}"
+    )
 
 
 def _compose(slots: dict[str, Any]) -> Method:
     """A method of slots alone. Where several orders are given, each head chooses by what its slots allow."""
     orders = slots.get("order", "raster")
-    several = orders == "axes" or (not isinstance(orders, str) and len(orders) > 1)
+    several = orders == "axes" or (isinstance(orders, list | tuple) and len(orders) > 1)
     if several and "order_choice" not in slots:
         pattern = parse_spec(slots.get("score", "mass")).name in PATTERNS
         slots = {**slots, "order_choice": "mse" if pattern else "recall"}

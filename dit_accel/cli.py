@@ -1,7 +1,8 @@
-"""The command line: ``dit-accel demo``, ``calibrate``, ``methods``, ``models``, ``env``."""
+"""The command line: ``dit-accel demo``, ``calibrate``, ``methods``, ``models``, ``env``, ``tune``; others register."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -45,6 +46,8 @@ def _root(
 
 def _fail(message: object) -> typer.Exit:
     """Say one line on standard error and leave with code 2."""
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False, style="red")
     return typer.Exit(2)
 
@@ -70,17 +73,21 @@ def _size(text: str) -> tuple[int, int]:
 @app.command()
 def demo(
     method: str = typer.Option("auto", help="Name of a method, see `dit-accel methods`."),
-    density: float | None = typer.Option(None, help="Share of blocks computed on a sparse step [the method's own]."),
-    run_density: float | None = typer.Option(None, help="Work over dense work of the whole run, instead of --density."),
+    density: float | None = typer.Option(
+        None, help="Share of blocks computed on a sparse step (default: the method's own)."
+    ),
+    run_density: float | None = typer.Option(
+        None, help="Work of the whole run over that of a dense run, instead of --density."
+    ),
     prompt: str = typer.Option("octopus", help="What to generate."),
-    steps: int | None = typer.Option(None, help="Denoising steps [12 on a CPU, 30 on a GPU]."),
+    steps: int | None = typer.Option(None, help="Denoising steps (default: 12 on a CPU, 30 on a GPU)."),
     seed: int = typer.Option(0, help="Seed of the noise."),
-    frames: int | None = typer.Option(None, help="Frames of the clip [33 on a CPU, 65 on a GPU]."),
+    frames: int | None = typer.Option(None, help="Frames of the clip (default: 33 on a CPU, 65 on a GPU)."),
     guidance: float = typer.Option(4.0, help="Scale of classifier-free guidance."),
-    size: str = typer.Option("128x128", help="Height and width in pixels."),
+    size: str = typer.Option("128x128", help="HEIGHTxWIDTH in pixels."),
     out: Path = typer.Option(Path("demo"), help="Folder to write to."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
-    model: Path | None = typer.Option(None, help="Folder of a diffusers video pipeline [examples/tiny_wan]."),
+    model: Path | None = typer.Option(None, help="Folder of a diffusers video pipeline (default: examples/tiny_wan)."),
     no_video: bool = typer.Option(False, "--no-video", help="Write no clips."),
 ) -> None:
     """Generate one clip dense and accelerated, and show both with their difference, density and time."""
@@ -113,14 +120,18 @@ def calibrate(
     target: str = typer.Option(..., help="psnr:35 in dB, error:0.05, density:0.3, or high, balanced, fast."),
     prompts: Path = typer.Option(..., help="Text file, one prompt a line."),
     out: Path = typer.Option(Path("profile"), help="Folder, or file ending in .json, to write the profile to."),
-    method: str | None = typer.Option(None, help="Name of a method [auto]; a static one such as paro takes density:…"),
+    method: str | None = typer.Option(
+        None, help="Name of a method (default: auto); paro and other static ones take --target density:0.3."
+    ),
     control: str = typer.Option("density", help="density: each head gets one; error: it is kept while plans are made."),
     errors: str = typer.Option("", help="Further errors whose PSNR is measured, such as 0.1,0.03."),
-    count: int | None = typer.Option(None, help="How many of the prompts to use [all]."),
-    steps: int | None = typer.Option(None, help="Denoising steps [8 on a CPU, the pipeline's own on a GPU]."),
-    frames: int | None = typer.Option(None, help="Frames of a clip [17 on a CPU, the pipeline's own on a GPU]."),
-    size: str | None = typer.Option(None, help="Height and width, such as 480x832."),
-    guidance: float | None = typer.Option(None, help="Guidance scale [the pipeline's own]."),
+    count: int | None = typer.Option(None, help="How many of the prompts to use (default: all)."),
+    steps: int | None = typer.Option(None, help="Denoising steps (default: the pipeline's; 8 on a CPU)."),
+    frames: int | None = typer.Option(None, help="Frames of a clip (default: the pipeline's; 17 on a CPU)."),
+    size: str | None = typer.Option(
+        None, help="HEIGHTxWIDTH, such as 480x832 (default: the pipeline's; 128x128 on a CPU)."
+    ),
+    guidance: float | None = typer.Option(None, help="Scale of classifier-free guidance (default: the pipeline's)."),
     seed: int = typer.Option(0, help="Seed of the first prompt's noise."),
     work: Path | None = typer.Option(None, help="Folder that keeps what is done; a stopped calibration goes on there."),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
@@ -171,7 +182,9 @@ def methods(
         share = "" if method.density is None else f" at {method.density}"
         slots = f"{order} · {method.score} · {chosen}{share} · {method.compensate}"
         table.add_row(method.name, method.paper or "", slots, method.summary)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print("auto is the default; `dit-accel methods NAME` prints one in full.", markup=False, highlight=False)
 
 
 @app.command()
@@ -186,11 +199,18 @@ def models(as_json: bool = _JSON) -> None:
     if not rows:
         raise _fail("no integration could be loaded; install dit-accel[diffusers]")
     table = _table("models", "model", "family", "task", "tokens", "note")
-    for row in rows:
-        sizes = [f"{s['name']}: {math.prod(s['grid']):,} + {s['extra']:,}" for s in row.get("sizes", ())]
-        name = "any other class" if row["model"] == "ModelMixin" else row["model"]
-        table.add_row(name, row["family"], row["task"], "\n".join(sizes), row["note"])
-    Console().print(table)
+    for _, group in itertools.groupby(rows, key=lambda row: row["family"]):
+        classes = list(group)
+        row = classes[0]  # classes of a family differ in their names alone
+        sizes = [
+            f"{s['name']}: {math.prod(s['grid']):,}" + (f" + {s['extra']:,}" if s["extra"] else "")
+            for s in row.get("sizes", ())
+        ]
+        names = ["any other class" if one["model"] == "ModelMixin" else one["model"] for one in classes]
+        table.add_row("\n".join(names), row["family"], row["task"], "\n".join(sizes), row["note"])
+    console = Console()
+    console.print(table)
+    console.print("tokens: those of the picture or clip, + others such as text", markup=False, highlight=False)
 
 
 @app.command()
@@ -211,13 +231,16 @@ def env(as_json: bool = _JSON) -> None:
     for gpu in data["gpus"]:
         table.add_row(f"gpu {gpu['index']}", f"{gpu['name']}, {gpu['memory_gib']} GiB, sm {gpu['capability']}")
     if not data["gpus"]:
-        table.add_row("gpu", f"none that torch sees; {data['cpu']['threads']} CPU threads")
+        none = "none that torch sees" if data["cuda"] or data["hip"] else "none: this torch is built for CPUs alone"
+        table.add_row("gpu", f"{none}; {data['cpu']['threads']} CPU threads")
+    settled = data["settled_calls"]
+    table.add_row("settled calls", "without Python" if settled["in_c"] else f"by Python: {settled['reason']}")
     for variable, value in data["variables"].items():
         table.add_row(variable, value)
     console.print(table)
     table = _table("backends", "name", "usable", "why")
     for row in data["backends"]:
-        why = row["reason"] or f"equals the reference ({row['tested']}){', the automatic choice' * row['automatic']}"
+        why = row["reason"] or f"equals the reference ({row['tested']}){', the choice of auto' * row['automatic']}"
         table.add_row(row["name"], "yes" if row["usable"] else "no", why)
     console.print(table)
 

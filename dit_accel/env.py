@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PACKAGES", "backends", "collect", "gpus", "versions"]
+__all__ = ["PACKAGES", "backends", "collect", "gpus", "settled_calls", "versions"]
 
 #: Distributions whose version decides what works.
 PACKAGES = (
@@ -25,9 +25,17 @@ PACKAGES = (
     "torchmetrics",
     "imageio-ffmpeg",
 )
-_VARIABLES = ("DIT_ACCEL_BACKEND", "DIT_ACCEL_LOG_LEVEL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    "DIT_ACCEL_BACKEND",
+    "DIT_ACCEL_REPLAY",
+    "DIT_ACCEL_LOG_LEVEL",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+)
 _HEAD_DIM = 128
-_BLOCK = 64
+# Queries x keys of a block that a backend is asked about: 64 x 64 as presets have it, but where it takes none of these.
+_BLOCKS = {"hopper": (128, 64), "flash4": (128, 128)}
+_PRESETS = (64, 64)
 
 
 def versions() -> dict[str, str | None]:
@@ -66,7 +74,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def backends() -> list[dict[str, Any]]:
-    """Each backend: whether it serves on this machine's best device, why not, and whether it would be chosen.
+    """Each backend: whether it serves on this machine's best device, why not, and whether ``auto`` would choose it.
 
     Usable means that its self-test passed, so kernels run here.
     """
@@ -75,25 +83,35 @@ def backends() -> list[dict[str, Any]]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    case: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "head_dim": _HEAD_DIM,
-        "block_q": _BLOCK,
-        "block_k": _BLOCK,
-    }
-    tested = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {_HEAD_DIM}"
+    case: dict[str, Any] = {"device": device, "dtype": dtype, "head_dim": _HEAD_DIM}
+    rows: list[dict[str, Any]] = []
+    for name in BACKENDS:
+        q, k = _BLOCKS.get(name, _PRESETS)
+        reason = why_not(name, **case, block_q=q, block_k=k)
+        if reason is None and BACKENDS[name].devices:  # the others compile for a while
+            reason = self_test(name, device, dtype, _HEAD_DIM, q, k)
+        tested = f"{device.type}, {str(dtype).removeprefix('torch.')}, head_dim {_HEAD_DIM}, blocks of {q} x {k}"
+        rows.append({"name": name, "usable": reason is None, "reason": reason, "automatic": False, "tested": tested})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reasons are in the rows
-        chosen, _ = choose_backend(**case)
-    rows = []
-    for name in BACKENDS:
-        reason = why_not(name, **case)
-        if reason is None and BACKENDS[name].devices:  # the others compile for a while
-            reason = self_test(name, device, dtype, _HEAD_DIM, _BLOCK, _BLOCK)
-        row = {"name": name, "usable": reason is None, "reason": reason, "automatic": name == chosen, "tested": tested}
-        rows.append(row)
+        chosen, _ = choose_backend(**case, block_q=_PRESETS[0], block_k=_PRESETS[1])
+    if any(row["name"] == "hopper" and row["usable"] for row in rows):
+        chosen = "hopper"  # whose blocks `auto` takes where it serves (Method.hopper_blocks)
+    for row in rows:
+        row["automatic"] = row["name"] == chosen
     return rows
+
+
+def settled_calls() -> dict[str, Any]:
+    """Whether sparse calls with nothing left to decide run without Python, and why not."""
+    from dit_accel.replayed import VARIABLE, switched_off
+
+    if switched_off():
+        return {"in_c": False, "reason": f"{VARIABLE}={os.environ[VARIABLE]}"}
+    from dit_accel_kernels import native
+
+    reason = native.why_not()
+    return {"in_c": reason is None, "reason": reason}
 
 
 def collect() -> dict[str, Any]:
@@ -107,5 +125,6 @@ def collect() -> dict[str, Any]:
         "hip": torch.version.hip,
         "gpus": gpus(),
         "backends": backends(),
+        "settled_calls": settled_calls(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }

@@ -78,9 +78,16 @@ class Handle:
             made.on_remove(run.forget_blend)
         return made
 
-    def stats(self) -> Status:
-        """What each transformer computed in its latest run. Waits for the device."""
+    def status(self) -> Status:
+        """What each transformer computed in its latest run, by component name. Waits for the device.
+
+        As :func:`dit_accel.status`, and also after :meth:`disable`.
+        """
         return Status({name: run.status() for name, run in self.runs.items()})
+
+    def stats(self) -> Status:
+        """The same as :meth:`status`."""
+        return self.status()
 
     def __enter__(self) -> Handle:
         return self

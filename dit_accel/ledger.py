@@ -93,10 +93,13 @@ class RunStatus:
 
     def __str__(self) -> str:
         """What was computed and what stayed dense, in a few lines."""
+        if not self.calls:
+            return f"{self.model}: {self.method}, no run yet"
+        at = f" at {self.sparse_density:.3f}" if self.sparse_calls else ""
         lines = [
-            f"{self.model}: {self.method} on {self.backend or 'no backend yet'}, {self.geometry or 'no run yet'}",
-            f"  density {self.density:.3f} over the run ({self.sparse_calls} of {self.calls} calls sparse at "
-            f"{self.sparse_density:.3f}), {self.plans} plans in {self.plan_ms:.1f} ms, {self.cache_hits} reused",
+            f"{self.model}: {self.method} on {self.backend or 'no backend'}, {self.geometry or 'unknown geometry'}",
+            f"  density {self.density:.3f} over the run ({self.sparse_calls} of {self.calls} calls sparse{at}), "
+            f"{self.plans} plans in {self.plan_ms:.1f} ms, {self.cache_hits} calls used an earlier one",
         ]
         narrow = sorted({layer.precision for layer in self.layers} - {"bf16"})
         if narrow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _OF_PICTURES = (
     *("branches", "warmup", "refresh", "dense_share"),
 )
 _DEFAULT_DENSITY = 0.25
+_BY_SHARE = ("top_k", "top_k_adaptive", "top_k_head", "top_k_layer", "top_k_or_p", "top_p", "head_global", "cdf")
 
 Axes = int | tuple[int, ...] | None
 
@@ -146,10 +148,14 @@ class Method:
             object.__setattr__(self, "reuse", (self.reuse,))
         self._normalise_pictures()
         names = (self.order,) if isinstance(self.order, str) else self.order
+        named = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+        _require(named, "order", self.order, "the name of an order, or several")
         expanded = [n for name in names for n in (AXIS_ORDERS if name == "axes" else (name,))]
         object.__setattr__(self, "order", tuple(dict.fromkeys(expanded)))
         self._check_density()
-        _require(isinstance(self.score, str) and isinstance(self.select, str), "score and select", self.score, "specs")
+        for slot in ("order_choice", "score", "select", "compensate"):
+            expected = "a name, or a name with values such as 'top_p:0.9'"
+            _require(isinstance(getattr(self, slot), str), slot, getattr(self, slot), expected)
         _require(bool(self.name), "name", self.name, "a non-empty string")
         _require(len(self.order) > 0, "order", self.order, "at least one order name")
         for slot, known in (
@@ -192,8 +198,13 @@ class Method:
             else:
                 ORDERS.check(spec, 1)
         CHOICES.check(self.order_choice, 2)
-        (PATTERNS if self.is_geometric else SCORES).check(self.score, 1)
+        try:
+            (PATTERNS if self.is_geometric else SCORES).check(self.score, 1)
+        except ValueError as error:
+            known = self.is_geometric or parse_spec(self.score).name in SCORES
+            raise ValueError(f"{error}" if known else f"{error} (patterns are {', '.join(PATTERNS.names())})") from None
         SELECTIONS.check(self.select, 2)
+        self._check_share()
         COMPENSATIONS.check(self.compensate, 0)
         make_compensation(self.compensate)
         parse_reuse(self.reuse)
@@ -204,6 +215,13 @@ class Method:
         _require(
             ok and not cross.kwargs, "cross_attention", self.cross_attention, "'live', 'cached' or 'cached:BRANCH'"
         )
+
+    def _check_share(self) -> None:
+        """Whether the strength of a selection by share, ``0.9`` in ``"top_p:0.9"``, is one."""
+        spec = parse_spec(self.select)
+        if spec.name in _BY_SHARE:
+            ok = all(_is_number(v) and 0 <= v <= 1 for v in (*spec.args, *spec.kwargs.values()))  # type: ignore[operator]
+            _require(ok, "select", self.select, f"'{spec.name}:SHARE' with a share between 0 and 1")
 
     def _normalise_pictures(self) -> None:
         """Keep what is different for pictures as sorted pairs, and check it."""
@@ -226,8 +244,9 @@ class Method:
     def _check_density(self) -> None:
         if self.density is None:
             return
+        pair = isinstance(self.density, tuple)
         values = self.density if isinstance(self.density, tuple) else (self.density,)
-        ok = len(values) in (1, 2) and all(_is_number(v) and math.isfinite(v) and 0 < v <= 1 for v in values)
+        ok = len(values) == 1 + pair and all(_is_number(v) and math.isfinite(v) and 0 < v <= 1 for v in values)
         _require(ok, "density", self.density, "above 0 and at most 1, or a pair of such numbers")
 
     def _check_combination(self) -> None:
@@ -379,8 +398,11 @@ class Method:
         known = {f.name for f in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
             raise ValueError(
-                f"unknown option {', '.join(map(repr, unknown))}; known are " + ", ".join(sorted(known - {"version"}))
+                f"unknown option {', '.join(map(repr, unknown))}; known are "
+                + ", ".join(sorted(known - {"version"}))
+                + (f"; did you mean {close[0]!r}?" if close else "")
             )
         if "block_q" in changes or "block_k" in changes:
             changes = {"hopper_blocks": None, **changes}

@@ -6,7 +6,10 @@ A run that was stopped goes on where it was. The report is methods-run/report.ht
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+
 from dit_accel_eval import EvalOptions, evaluate
+from dit_accel_eval.cli.progress import ProgressObserver
 from dit_accel_eval.report import write_report
 
 WAN = Path(__file__).parent / "tiny_wan"
@@ -29,7 +32,8 @@ options = EvalOptions(
     guidance=4.0,
     metrics=["psnr", "ssim", "flicker_difference"],
 )
-results = evaluate(args.pipeline, args.prompts, args.out, options)
+with ProgressObserver(Console()) as observer:
+    results = evaluate(args.pipeline, args.prompts, args.out, options, observer=observer)
 assert results is not None  # None on all processes but the first, under torchrun
 
 print(f"{'configuration':16} {'work':>6} {'PSNR':>7} {'SSIM':>7} {'speed-up':>9}")

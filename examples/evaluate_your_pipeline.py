@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from dit_accel_eval import Configuration, EvalOptions, evaluate
+from dit_accel_eval.cli.progress import ProgressObserver
 from dit_accel_eval.report import write_report, write_summary
 
 WAN = Path(__file__).parent / "tiny_wan"
@@ -33,8 +35,8 @@ def load() -> Any:
 ROWS = [
     Configuration("another seed", seed_offset=1000),
     Configuration("as it ships", "auto"),
-    Configuration("short warm-up", "auto", {"warmup": 0.1, "density": 0.3}),
-    Configuration("first layer dense", "auto", {"dense_layers": [0], "density": 0.3}),
+    Configuration("longer warm-up", "auto", {"warmup": 0.25}),
+    Configuration("first layer dense", "auto", {"dense_layers": [0]}),
 ]
 
 
@@ -53,7 +55,8 @@ def main() -> None:
         call={"negative_prompt": ""},
         metrics=["psnr", "ssim"],
     )
-    results = evaluate(load(), args.prompts, args.out, options)
+    with ProgressObserver(Console()) as observer:
+        results = evaluate(load(), args.prompts, args.out, options, observer=observer)
     assert results is not None
     for row in results["rows"][1:]:
         psnr = row["metrics"].get("psnr")

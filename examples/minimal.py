@@ -19,6 +19,6 @@ handle = dit_accel.enable(pipe)  # the one line
 prompt = sys.argv[1] if len(sys.argv) > 1 else "octopus"
 clip = pipe(prompt, height=128, width=128, num_frames=33, num_inference_steps=12, guidance_scale=4.0).frames[0]
 print(dit_accel.status(pipe)["transformer"])  # what was computed, what stayed dense and why
-export_to_video(clip, "minimal.mp4", fps=16)
+print(export_to_video(clip, "minimal.mp4", fps=16))  # needs imageio and imageio-ffmpeg, of the extra eval
 
 handle.disable()  # the original objects, by identity

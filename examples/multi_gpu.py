@@ -85,7 +85,7 @@ def one_video(pipe: WanPipeline, args: argparse.Namespace, device: torch.device)
 
 
 def many_prompts(pipe: WanPipeline, args: argparse.Namespace) -> list[str]:
-    """Each process has a pipeline of its own and takes every so manieth prompt."""
+    """Each process has a pipeline of its own and takes every N-th prompt, of N processes."""
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()][: args.count]
     told = []

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from dit_accel_eval import EvalOptions, evaluate
+from dit_accel_eval.cli.progress import ProgressObserver
 from dit_accel_eval.compare import Configuration
 from dit_accel_eval.runs.pipeline import load_pipeline
 
@@ -51,11 +53,14 @@ def main() -> None:
             metrics=["psnr"],
             attention=False,
         )
-        results = evaluate(pipe, args.prompts, args.out / f"density-{density:g}", options)
+        with ProgressObserver(Console()) as observer:
+            results = evaluate(pipe, args.prompts, args.out / f"density-{density:g}", options, observer=observer)
         assert results is not None
         found = results["rows"][1]
         if "psnr" not in found["metrics"]:
             raise SystemExit(found["error"])
+        if density < 1 and found["density"]["run"] == 1:
+            raise SystemExit("nothing was sparse at this size, so there is nothing to tune; the warning says why")
         value: float = found["metrics"]["psnr"]["mean"]
         print(f"density {density:.4f} on sparse steps, {found['density']['run']:.3f} of the work: {value:.2f} dB")
         return value

@@ -13,6 +13,7 @@ import pytest
 
 import dit_accel
 import dit_accel_kernels
+from dit_accel.options import MethodOptions
 
 # To change the public API: change this list, the changelog and docs/reference/ in the same commit.
 PUBLIC = [
@@ -69,6 +70,12 @@ EVERYTHING = [*_callables(dit_accel), *_callables(dit_accel_kernels)]
 
 def test_names_are_pinned() -> None:
     assert sorted(dit_accel.__all__) == sorted(PUBLIC)
+
+
+def test_keywords_of_enable_have_the_types_of_all_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(dit_accel.Method)} - {"version"}
+    assert set(MethodOptions.__annotations__) == fields
+    assert inspect.signature(dit_accel.enable).parameters["overrides"].annotation == "Unpack[MethodOptions]"
 
 
 @pytest.mark.parametrize("module", [dit_accel, dit_accel_kernels], ids=lambda module: module.__name__)

@@ -98,7 +98,7 @@ class Compensation:
         return 0.0
 
 
-COMPENSATIONS: Registry[Compensation] = Registry("compensation")
+COMPENSATIONS: Registry[Compensation] = Registry("compensate")
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,13 @@ class DemoOptions:
             "train it with examples/tiny_wan_training, or give --model FOLDER"
         )
 
+    def _check_libraries(self) -> None:
+        """Say what is missing before minutes are spent, not when the clips are written."""
+        needed = ["diffusers", "matplotlib", *(["imageio_ffmpeg"] if self.video else [])]
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            raise DemoError(f"the demo needs {', '.join(missing)}: pip install 'dit-accel[diffusers,eval]'")
+
     def check(self) -> None:
         """Check everything that can be checked without the model.
 
@@ -140,6 +148,7 @@ class DemoOptions:
         """
         self.resolved_device()
         self.chosen()
+        self._check_libraries()
         for name in ("steps", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -67,6 +67,8 @@ def pull(repo_id: str, revision: str | None = None) -> Profile:
     where = f"{_checked(repo_id)}" + (f" at {revision}" if revision else "")
     try:
         file = Path(hub.hf_hub_download(repo_id, _FILE, revision=revision))
+    except hub.errors.LocalEntryNotFoundError as error:  # no connection; one of the kind below, but no missing file
+        raise ValueError(f"{where}: {_FILE} could not be fetched, and no copy of it is kept here ({error})") from None
     except hub.errors.EntryNotFoundError:
         raise ValueError(f"{where} holds no {_FILE}; Profile.push_to_hub writes one") from None
     try:

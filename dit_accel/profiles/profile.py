@@ -217,16 +217,29 @@ class Profile:
     def __str__(self) -> str:
         """What it is, a few lines."""
         wanted = f" for {self.target}" if self.target else ""
-        lines = [
-            f"profile {self.name or 'without a name'}: {self.method.name}{wanted}, {self.steps or 'any number of'} steps"
-        ]
+        named = f" {self.name}" if self.name else ""
+        lines = [f"profile{named}: {self.method.name}{wanted}, {self.steps or 'any number of'} steps"]
         for name, part in self.components.items():
             lines.append(f"  {name}: {part.model}, {len(part.layers)} layers of {part.heads} heads at {part.geometry}")
             for branch, density in part.density.items():
                 told = f"{density.mean():.3f} (heads {density.min():.3f} to {density.max():.3f})"
-                lines.append(f"    density {told}" + ("" if branch == ANY_BRANCH else f", branch {branch}"))
-        lines += [f"  {key}: {value}" for key, value in self.measured.items()]
+                lines.append(
+                    f"    density of sparse steps {told}" + ("" if branch == ANY_BRANCH else f", branch {branch}")
+                )
+        lines += [f"  {_MEASURED.get(key, key)}: {_shown(value)}" for key, value in self.measured.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+# What the numbers of a calibration are called where a person reads them.
+_MEASURED = {
+    "error": "measured, relative error of attention",
+    "psnr": "measured, PSNR against dense in dB",
+    "density": "measured, work over dense work of the whole run",
+}
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _require(ok: bool, field: str, value: object, expected: str) -> None:

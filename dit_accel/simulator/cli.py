@@ -24,12 +24,16 @@ def _simulate(
     stride: Annotated[str, typer.Option(help="Queries that share a window, one number or one for each axis.")] = "1",
     dilation: Annotated[str, typer.Option(help="Distance of neighbouring keys.")] = "1",
     causal: Annotated[str, typer.Option(help="Causal axes, from frames, height, width, with commas.")] = "",
-    tile: Annotated[str | None, typer.Option(help="Tokens of a tile [4x4x4, 8x8 or 64].")] = None,
+    tile: Annotated[str | None, typer.Option(help="Tokens of a tile (default: 4x4x4, 8x8 or 64).")] = None,
     tile_q: Annotated[str | None, typer.Option(help="Another tile for the queries.")] = None,
     tile_k: Annotated[str | None, typer.Option(help="Another tile for the keys.")] = None,
     order: Annotated[list[str] | None, typer.Option(help="Count runs of the sequence in this order too.")] = None,
-    proposals: Annotated[int, typer.Option("--propose", help="Print so many windows without partial tiles.")] = 0,
-    query: Annotated[str | None, typer.Option(help="Brick of queries to show, such as 7x3x5 [the middle].")] = None,
+    proposals: Annotated[
+        int, typer.Option("--propose", help="Also propose this many windows without partial tiles.")
+    ] = 0,
+    query: Annotated[
+        str | None, typer.Option(help="Brick of queries to show, such as 7x3x5 (default: the middle).")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture, .png or .svg; needs matplotlib.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a picture.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Write ``X.json``, which ComfyUI opens, from ``X.api.json``, which its ``/prompt`` takes.
+"""Write ``example_workflows/X.json``, a template in ComfyUI, from ``X.api.json``, which its ``/prompt`` takes.
 
 ``python examples/comfyui/make_ui.py http://127.0.0.1:8188`` asks a running ComfyUI with these nodes for the order of their
 inputs. Nodes stand in columns by their distance from the start.
@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).absolute().parent
+TEMPLATES = HERE.parents[1] / "example_workflows"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 Graph = dict[str, dict[str, Any]]
 
@@ -104,7 +105,7 @@ def main() -> None:
         info = json.load(answer)
     for path in sorted(HERE.glob("*.api.json")):
         made = convert(json.loads(path.read_text(encoding="utf-8")), info)
-        target = path.with_name(path.name.replace(".api.json", ".json"))
+        target = TEMPLATES / path.name.replace(".api.json", ".json")
         target.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 

@@ -72,6 +72,7 @@ def test_status_counts_every_call(pipe: Any, generate: Generate) -> None:
     assert status.density_by_step[9] == pytest.approx(0.4)
     assert [layer.sparse for layer in status.layers] == [16, 16]
     assert "blocks.0.attn1" in status.layers[0].name
+    assert str(handle.status()) == str(handle.stats())
     json.dumps(status.to_dict())
     assert "density" in str(status)
 
@@ -287,7 +288,19 @@ def test_one_transformer_of_two_can_be_replaced(pipe: Any) -> None:
         ({"min_tokens": -1}, "min_tokens must be a number of tokens"),
         ({"backend": "cuda"}, "backend must be one of .*got 'cuda'"),
         ({"dense_layers": (7,)}, r"dense_layers must lie in -2..1, got \[7\]"),
-        ({"colour": 1}, "unknown option 'colour'"),
+        (
+            {"colour": 1},
+            "unknown option 'colour'; fields of a method are .*density.*; further options of enable are",
+        ),
+        ({"denisty": 0.3}, "did you mean 'density'"),
+        ({"run_densty": 0.3}, "did you mean 'run_density'"),
+        ({"sparsity": 0.7}, "did you mean density, which is 1 - sparsity"),
+        ({"window": (3, 3, 3)}, "window would do nothing with method 'auto', whose score is 'spread'"),
+        ({"density": (0.4,)}, r"or a pair of such numbers, got \(0.4,\)"),
+        ({"score": "mean_pool", "select": "top_p:2"}, "select must be 'top_p:SHARE' with a share between 0 and 1"),
+        ({"score": "mean_pool", "select": "top_p:much"}, "select must be 'top_p:SHARE' .* got 'top_p:much'"),
+        ({"order": 3}, "order must be the name of an order, or several, got 3"),
+        ({"compensate": None}, "compensate must be a name, .* got None"),
         ({"method": "dense", "run_density": 0.5}, "run_density goes with a method that keeps a share"),
         ({"run_density": "0.5"}, "run_density must be above 0"),
         ({"order": "hilbert"}, "hilbert"),
@@ -304,6 +317,8 @@ def test_bad_input_says_what_was_expected(pipe: Any, options: dict[str, Any], me
 def test_targets_without_a_known_transformer(pipe: Any) -> None:
     with pytest.raises(ValueError, match="expected a diffusers pipeline with a transformer"):
         dit_accel.enable(object())
+    with pytest.raises(ValueError, match="pipelines with a U-Net are not supported"):
+        dit_accel.enable(type("Old", (), {"unet": nn.Linear(2, 2)})())
     with pytest.raises(ValueError, match="is a Linear, which no adapter knows; supported are .*WanTransformer3DModel"):
         dit_accel.enable(nn.Linear(2, 2))
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 import dit_accel
@@ -56,7 +58,10 @@ def test_models() -> None:
 
 def test_env() -> None:
     found = run_json("env")
-    assert set(found) == {"python", "platform", "cpu", "versions", "cuda", "hip", "gpus", "backends", "variables"}
+    machine = {"python", "platform", "cpu", "cuda", "hip", "gpus"}
+    assert set(found) == {*machine, "versions", "backends", "settled_calls", "variables"}
+    assert found["settled_calls"]["in_c"] == (found["settled_calls"]["reason"] is None)
+    assert "settled calls" in runner.invoke(app, ["env"]).stdout
     assert found["versions"]["dit-accel"] == dit_accel.__version__
     assert found["versions"]["torch"]
     backends = {row["name"]: row for row in found["backends"]}
@@ -73,6 +78,21 @@ def test_env() -> None:
 def test_help_names_every_command() -> None:
     text = runner.invoke(app, ["--help"]).stdout
     assert all(name in text for name in ("demo", "methods", "models", "env"))
+
+
+def test_help_loses_no_default_in_brackets() -> None:
+    """Words in square brackets are styles to rich: `the method's own` would vanish."""
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        for option in command.params:
+            text = getattr(option, "help", None) or ""
+            assert Text.from_markup(text).plain == text, (command.name, option.name)
+
+
+def test_models_have_one_row_a_family() -> None:
+    text = runner.invoke(app, ["models"], env={"COLUMNS": "250"}).stdout
+    families = {row["family"] for row in run_json("models")}
+    rows = [cells[2].strip() for line in text.splitlines() if len(cells := line.split("│")) > 3 and cells[2].strip()]
+    assert sorted(rows) == sorted(families)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +123,18 @@ def test_demo_refuses_a_folder_that_it_cannot_write_to(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "file").write_text("")
     assert "cannot write to" in fails("demo", "--model", str(tmp_path), "--out", str(tmp_path / "file" / "out"))
+
+
+def test_demo_names_missing_libraries_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "imageio_ffmpeg" else find(name))
+    (tmp_path / "model_index.json").write_text("not json")
+    told = fails("demo", "--model", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "the demo needs imageio_ffmpeg: pip install 'dit-accel[diffusers,eval]'" in told
+    told = fails("demo", "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--no-video")
+    assert "could not be loaded" in told  # clips alone need it
 
 
 def test_demo_refuses_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:

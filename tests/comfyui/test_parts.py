@@ -67,9 +67,23 @@ def test_every_method_takes_its_own_quality() -> None:
 
 
 def test_quality_becomes_density() -> None:
-    assert [Settings(quality=q).build().density for q in ("fast", "balanced", "high")] == [0.1, 0.2, 0.35]
-    assert Settings(quality="custom", density=0.07).build().density == 0.07
+    assert [Settings(method="union", quality=q).build().density for q in ("fast", "balanced", "high")] == [
+        0.1,
+        0.2,
+        0.35,
+    ]
+    assert Settings(method="union", quality="custom", density=0.07).build().density == 0.07
     assert Settings(quality="method").build() == load_methods()["auto"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "last"), [(0.1, 0.16, 0.04), (0.2, 0.32, 0.08), (0.8, 1.0, 0.6), (1.0, 1.0, 1.0)]
+)
+def test_a_falling_density_falls_around_the_wanted_one(wanted: float, first: float, last: float) -> None:
+    made = Settings(quality="custom", density=wanted).build()
+    assert made.density == pytest.approx((first, last))
+    assert made.for_pictures.density == wanted
+    assert dict(made.pictures).keys() == dict(load_methods()["auto"].pictures).keys()
 
 
 def test_number_formats_become_those_of_the_method() -> None:

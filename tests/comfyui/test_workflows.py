@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dit_accel import __version__
 from dit_accel_patches.comfyui import NODE_CLASS_MAPPINGS
 from dit_accel_patches.comfyui.settings import Settings, parse_blocks
 
-FOLDER = Path(__file__).absolute().parents[2] / "examples/comfyui"
+ROOT = Path(__file__).absolute().parents[2]
+FOLDER = ROOT / "examples/comfyui"
+TEMPLATES = ROOT / "example_workflows"  # the name that ComfyUI looks for beside our __init__.py
 NAMES = sorted(path.name.removesuffix(".api.json") for path in FOLDER.glob("*.api.json"))
 SETTINGS = ("method", "quality", "density", "precision", "start_percent", "end_percent", "min_tokens", "block_size")
 
 
 def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    return json.loads((FOLDER / f"{name}.api.json").read_text()), json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads((FOLDER / f"{name}.api.json").read_text()), json.loads((TEMPLATES / f"{name}.json").read_text())
 
 
 def declared(kind: str) -> dict[str, Any]:
@@ -29,6 +33,12 @@ def test_there_are_workflows() -> None:
     assert len(NAMES) >= 3
     used = {node["class_type"] for name in NAMES for node in read(name)[0].values()}
     assert {"DitAccelAccelerate", "DitAccelCalibrate", "DitAccelCompare", "DitAccelStatistics"} <= used
+
+
+def test_templates_are_those_that_comfyui_lists() -> None:
+    assert sorted(path.stem for path in TEMPLATES.glob("*.json")) == NAMES
+    for name in NAMES:  # the thumbnail has the same name
+        assert (TEMPLATES / f"{name}.jpg").read_bytes()[:3] == b"\xff\xd8\xff"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,3 +87,20 @@ def test_editor_format_is_the_same_graph(name: str) -> None:
         for link in connected.values():
             assert link[0] in nodes[link[1]]["outputs"][link[2]]["links"]
             assert nodes[link[1]]["outputs"][link[2]]["type"] == link[5]
+
+
+def test_the_registry_can_read_what_it_asks_for() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    comfy, project = data["tool"]["comfy"], data["project"]
+    assert re.fullmatch(r"[A-Za-z][\w.-]{1,99}", project["name"])
+    assert comfy["PublisherId"]
+    assert comfy["DisplayName"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    # A version that the build finds is found by the registry's client as text, in one assignment of this file.
+    assert project["dynamic"] == ["version"]
+    text = (ROOT / comfy["version"]["path"]).read_text(encoding="utf-8")
+    assert re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1] == __version__  # type: ignore[index]
+    # One that it does not know makes it drop all of them.
+    gpus = [name for name in project["classifiers"] if name.startswith("Environment ::")]
+    assert gpus == ["Environment :: GPU :: NVIDIA CUDA"]

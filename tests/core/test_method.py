@@ -55,7 +55,7 @@ def test_any_valid_method_round_trips(density: float, warmup: float, refresh: li
         ({"warmup": -0.1}, "warmup must be between 0 and 1, got -0.1"),
         ({"refresh": (0.5, 1.5)}, "refresh must be shares"),
         ({"block_k": 96}, "block_k must be one of 16, 32, 64, 128, got 96"),
-        ({"select": "best"}, "selection must be one of"),
+        ({"select": "best"}, "select must be one of"),
         ({"order": ()}, "order must be at least one"),
         ({"score": "window", "compensate": "mean"}, "compensate='mean' cannot go with score='window'"),
         ({"score": "window", "order_choice": "recall"}, "needs scores to choose by"),

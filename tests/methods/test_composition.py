@@ -128,7 +128,8 @@ def test_the_draws_reach_every_slot() -> None:
         ({"score": "mean_pool", "order": "axes", "order_choice": "mse"}, "order_choice='mse' goes with a pattern"),
         ({"score": "none"}, "score 'none' goes with select"),
         ({"score": "mean_pol"}, "did you mean 'mean_pool'"),
-        ({"score": "mean_pool", "select": "top_q"}, "selection must be one of"),
+        ({"score": "windows"}, "score must be one of .*got 'windows'.*patterns are .*, window"),
+        ({"score": "mean_pool", "select": "top_q"}, "select must be one of"),
         ({"score": "mean_pool", "densty": 0.2}, "unknown option 'densty'"),
     ],
 )

@@ -98,6 +98,15 @@ def test_a_repository_without_a_profile(hub: FakeHub) -> None:
         Profile.from_hub("me/other")
 
 
+def test_no_connection_is_not_told_as_a_missing_profile(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **options: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("check your connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match=r"me/p: profile\.json could not be fetched.*check your connection"):
+        Profile.from_hub("me/p")
+
+
 def test_enable_takes_a_name_on_the_hub(profile: Profile, hub: FakeHub, pipe: Any) -> None:
     profile.push_to_hub("me/p")
     with pytest.raises(ValueError, match="3 attention layers of WanTransformer3DModel, this one has 2"):

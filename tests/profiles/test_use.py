@@ -275,7 +275,7 @@ def test_a_profile_prints_itself(pipe: Any) -> None:
     text = str(_for(pipe))
     assert "a test: trial for psnr:35, 20 steps" in text
     assert "WanTransformer3DModel, 2 layers of 2 heads at 5x8x8" in text
-    assert "density 0.500 (heads 0.200 to 0.800)" in text
+    assert "density of sparse steps 0.500 (heads 0.200 to 0.800)" in text
 
 
 def test_anything_else_is_no_profile(pipe: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dit_accel_eval.cli.shared import default_prompts, failing, pairs, parse_size, table
+from dit_accel_eval.cli.shared import check_writable, default_prompts, failing, pairs, parse_size, table
 
 __all__ = ["bench_command"]
 
@@ -49,7 +49,6 @@ def bench_command(
     console = Console(soft_wrap=True, highlight=False)
     with failing():
         from dit_accel_eval.files import write_json
-        from dit_accel_eval.runs.errors import writing
         from dit_accel_eval.runs.pipeline import load_pipeline, resolve_device
         from dit_accel_eval.speed import BenchOptions, bench
 
@@ -72,11 +71,11 @@ def bench_command(
             dense_backend=dense_backend,
         )
         options.check()
+        if out is not None:
+            check_writable(out)  # before minutes are spent, not after
         result = bench(load_pipeline(pipeline, place, dtype), options, note=lambda text: console.print(text))
         if out is not None:
-            with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(out, result)
+            write_json(out, result)
         print_bench(console, result)
 
 

@@ -127,13 +127,19 @@ def _evaluate(pipeline: str, prompts: Path, out: Path, options: EvalOptions, rep
 
 
 def _warn(console: Console, options: EvalOptions) -> None:
-    """What can be foreseen without the model."""
+    """What can be foreseen without the model.
+
+    Raises:
+        ValueError: if no configuration can run, so that dense clips would be made for nothing.
+    """
     from dit_accel_eval.runs.rows import why_unreachable
 
-    for row in options.rows():
-        reason = why_unreachable(row, options.steps)
-        if reason is not None:
-            console.print(f"{row.name} will fail: {reason}", markup=False, style="yellow", soft_wrap=True)
+    reasons = {row.name: why_unreachable(row, options.steps) for row in options.rows() if row.method is not None}
+    failing_rows = {name: reason for name, reason in reasons.items() if reason is not None}
+    if failing_rows and len(failing_rows) == len(reasons):
+        raise ValueError("nothing can run: " + "; ".join(f"{name}: {reason}" for name, reason in failing_rows.items()))
+    for name, reason in failing_rows.items():
+        console.print(f"{name} will fail: {reason}", markup=False, style="yellow", soft_wrap=True)
 
 
 def _finish(console: Console, out: Path, results: dict[str, Any], report: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["STOPPED", "default_prompts", "failing", "numbers", "pairs", "parse_size", "print_error", "table", "words"]
+__all__ = [
+    "STOPPED",
+    "check_writable",
+    "default_prompts",
+    "failing",
+    "numbers",
+    "pairs",
+    "parse_size",
+    "print_error",
+    "table",
+    "words",
+]
 
 #: Exit code of a command that was stopped with Ctrl-C, as shells have it.
 STOPPED = 130
@@ -42,6 +54,20 @@ def failing(stopped: str = "stopped") -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         print_error(error)
         raise typer.Exit(2) from None
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file to come.
+
+    Raises:
+        ValueError: if it cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def words(text: str | None) -> list[str] | None:

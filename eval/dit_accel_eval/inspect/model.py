@@ -93,7 +93,8 @@ class Look:
         if self.kept is None:
             return None
         ordered = self.raster if self.ordered is None else self.ordered
-        parts = zip(self.heads, self.orders, self.raster, ordered, self.kept, strict=True)
+        computed = self.kept != 0  # levels: a block that windows cut is 255
+        parts = zip(self.heads, self.orders, self.raster, ordered, computed, strict=True)
         return [HeadMaps(self.layer, head, *rest) for head, *rest in parts]
 
     def recall(self) -> list[float] | None:

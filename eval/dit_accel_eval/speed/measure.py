@@ -60,15 +60,16 @@ class BenchOptions:
     dense_backend: str | None = None
 
     def check(self) -> None:
-        """Check the numbers.
+        """Check what can be checked before a pipeline is loaded.
 
         Raises:
-            EvalError: one is out of range.
+            EvalError: a number is out of range, or the method or an option of it is unknown.
         """
         if self.repeats < 1 or self.warmup < 0:
             raise EvalError(f"repeats must be at least 1 and warmup at least 0, got {self.repeats} and {self.warmup}")
         if not self.prompt.strip():
             raise EvalError("prompt must not be empty")
+        build_rows([self.method], [] if self.density is None else [self.density], self.options, floor=False)
 
 
 @dataclass

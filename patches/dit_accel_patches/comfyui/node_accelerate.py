@@ -29,9 +29,9 @@ def method_inputs(static: bool = False) -> dict[str, Any]:
             methods,
             {
                 "default": default,
-                "tooltip": "auto: block choice from true softmax mass, a token order for each head, what is skipped "
-                "counts by its mean. On the test model Tiny Wan its clips are 35.9 dB from dense at half the work and "
-                "27.4 dB at 0.3 of it; 'adaspa' 28.1 and 20.9 dB. 'paro' needs a profile from Calibrate.",
+                "tooltip": "auto is the one to begin with: a token order for each head, blocks by the error that skipping "
+                "them would leave, and what is skipped still counts by its mean. The others are published methods, for "
+                "comparison. 'paro' and 'sta_search' need a profile from Calibrate.",
             },
         ),
         "quality": (
@@ -39,7 +39,8 @@ def method_inputs(static: bool = False) -> dict[str, Any]:
             {
                 "default": "balanced",
                 "tooltip": "Share of the attention blocks computed exactly on a sparse step: fast 0.10, balanced 0.20, "
-                "high 0.35. 'method' takes the method's own default, 'custom' the density below.",
+                "high 0.35; with auto on average, more at first and fewer later. 'method' takes the method's own "
+                "default, 'custom' the density below.",
             },
         ),
         "density": (

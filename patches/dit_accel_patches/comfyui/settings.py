@@ -47,6 +47,17 @@ def parse_blocks(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def _with_mean(method: Method, density: float) -> Method:
+    """The method with a density; where it has one that falls over the run, it falls as steeply around ``density``."""
+    if not isinstance(method.density, tuple):
+        return method.replace(density=density)
+    first = min(2 * density * method.density[0] / sum(method.density), 1.0)
+    made = method.replace(density=(first, 2 * density - first) if density <= 1 else density)
+    if "density" not in dict(method.pictures):
+        return made
+    return made.replace(pictures={**dict(made.pictures), "density": density})  # theirs does not fall
+
+
 @dataclass(frozen=True)
 class Settings:
     """One accelerated model's settings. Immutable, and JSON by :meth:`to_dict`.
@@ -54,7 +65,8 @@ class Settings:
     Attributes:
         method: name of a method of dit_accel.
         quality: a key of :data:`QUALITIES`.
-        density: share of the blocks computed exactly on a sparse step; counts for quality ``"custom"`` only.
+        density: share of the blocks computed exactly on a sparse step, on average where the method's falls over the
+            run; counts for quality ``"custom"`` only.
         precision: a key of :data:`PRECISIONS`.
         start_percent: attention is dense before this share of the noise schedule, as ComfyUI counts it.
         end_percent: and behind this one.
@@ -111,7 +123,7 @@ class Settings:
                 f"method {self.method!r} does not keep a fixed share of the blocks, so quality {self.quality!r} means "
                 "nothing to it; choose quality 'method' (its own default) or 'custom'"
             )
-        return method.replace(density=self.density if chosen is None else chosen)
+        return _with_mean(method, self.density if chosen is None else chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` is the inverse."""

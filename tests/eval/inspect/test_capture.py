@@ -118,6 +118,9 @@ def test_windows_are_seen_token_by_token(pipe: Any, call: dict[str, Any]) -> Non
     assert any("windows" in note for note in look.notes)
     mass = (look.attention[0].float() * seen.view(2, 320)).sum(-1).mean()
     assert look.recall()[0] == pytest.approx(float(mass), rel=1e-3)
+    head = look.head_maps()[0]  # blocks that windows cut have a level of 255 and count once
+    assert head.density == pytest.approx(float((look.kept != 0).float().mean()))
+    assert 0 < head.raster_recall <= 1.001
 
 
 def test_nothing_stays_behind_and_the_result_is_that_of_a_run_without_looking(pipe: Any, call: dict[str, Any]) -> None:
@@ -236,3 +239,4 @@ def test_plans_of_every_kind_can_be_looked_at(pipe: Any, call: dict[str, Any], n
         if maps is not None:
             torch.testing.assert_close(maps.float().sum(-1), torch.ones(2, blocks), atol=5e-3, rtol=0)
     assert all(0 <= share <= 1.001 for share in look.recall())
+    assert all(0 <= one.raster_recall <= 1.001 and 0 < one.density <= 1 for one in look.head_maps())

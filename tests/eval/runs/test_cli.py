@@ -46,6 +46,10 @@ def test_commands_are_there() -> None:
         (["--pipeline", WAN, "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--pipeline", WAN, "--dtype", "int4"], "dtype must be auto"),
         (["--pipeline", WAN, "--frames", "18", "--limit", "1"], "frames must be 1 + a multiple of 2"),
+        (
+            ["--pipeline", WAN, "--density", "0.1", "--steps", "4"],
+            "nothing can run: auto 0.1: run_density=0.1 cannot be",
+        ),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -153,6 +157,25 @@ def test_attention_is_captured_and_shown(tmp_path: Path) -> None:
     code, text = run("inspect", *options, "--layers", "99", "--out", str(tmp_path / "y"))
     assert code == 2
     assert "99" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "{blocked}/bench.json"], "cannot write {blocked}/bench.json"),
+        (["--density", "2"], "density must be above 0 and at most 1, got 2"),
+        (["--method", "gma"], "unknown method 'gma'"),
+        (["--set", "denisty=0.3"], "did you mean 'density'"),
+    ],
+)
+def test_bench_says_what_is_wrong_before_it_loads(arguments: list[str], message: str, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    (tmp_path / "model_index.json").write_text("not json, which is not read")
+    given = [argument.format(blocked=blocked) for argument in arguments]
+    code, text = run("bench", "--pipeline", str(tmp_path), "--prompt", "x", *given)
+    assert code == 2
+    assert message.format(blocked=blocked) in text
 
 
 @pytest.mark.slow
