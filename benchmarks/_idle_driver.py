@@ -14,11 +14,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
-__all__ = ["idle_driver", "why_not"]
+__all__ = ["idle_driver", "idle_native", "why_not"]
 
 _SOURCE = r"""
 #include "cuda.h"
@@ -45,7 +46,14 @@ CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig
 CUresult cuCtxGetLimit(size_t *v, CUlimit l) { *v = 0; return 0; }
 CUresult cuCtxSetLimit(CUlimit l, size_t v) { return 0; }
 CUresult cuPointerGetAttribute(void *v, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)v = p; return 0; }
-CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **args, void **extra) { return 0; }
+CUresult (*on_launch)(const CUlaunchConfig *, CUfunction, void **) = 0;
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **args, void **extra) {
+  return on_launch ? on_launch(c, f, args) : 0;
+}
+CUresult cuTensorMapReplaceAddress(CUtensorMap *map, void *address) {
+  memcpy(map, &address, 8);
+  return 0;
+}
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
     const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion l2, CUtensorMapFloatOOBfill fill) {
@@ -102,6 +110,22 @@ def idle_driver() -> Iterator[None]:
             mock.patch("torch.cuda.is_current_stream_capturing", _no),
         ):
             yield
+
+
+@contextlib.contextmanager
+def idle_native() -> Iterator[Any]:
+    """In this context, inside of :func:`idle_driver`, the operator has its body in C for tensors of the CPU."""
+    from dit_accel_kernels import native
+    from dit_accel_patches import op
+
+    module = native.build()
+    native.set_up(module, cuda=ctypes.CDLL("libcuda.so.1"), device=_zero, stream=_zero)
+    with mock.patch.object(native, "_known", [native.Native(module, None)]):
+        op.take(module, "CPU")
+        try:
+            yield module
+        finally:
+            op.leave()
 
 
 def _zero(*_: int) -> int:

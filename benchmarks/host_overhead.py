@@ -7,14 +7,16 @@ short, and it waits for the device outside of what is timed. Without a GPU, or w
 Triton launches with a driver that does nothing (:mod:`_idle_driver`). Columns:
 
 - *all*: the whole call. ``usual`` takes every step each time; ``again`` makes the launches of an earlier call again
-  (:mod:`dit_accel_kernels.replay`), ``elsewhere`` so too, for tensors at addresses not seen before.
+  (:mod:`dit_accel_kernels.replay`), ``elsewhere`` so too, for tensors at addresses not seen before; ``in C`` has them made
+  by :mod:`dit_accel_kernels.native`, as in every forward call of a transformer, whatever the addresses.
 - *engine*: from diffusers to where the operators begin, and back (with operators that return at once).
 - *launches*: Triton's launcher in C and the driver, for all launches of a call.
 - *torch*: its allocations for results and what stands between kernels.
 - *diffusers*: its dispatch of a call, with a backend that returns at once.
 - *ours*: *again* less launches, torch and diffusers.
 - *compiled*: a region compiled by inductor that has nothing but our operator, and *body*: that less launches and a region
-  whose operator allocates its output and returns.
+  whose operator allocates its output in Python and returns; both with our Python on the way, and *in C* (*C body*).
+- *arming*: what a forward call of a transformer pays once for each of its layers, so that they are made in C.
 - *python*: 400 turns of a loop that adds, which says how fast the machine runs Python at that moment.
 """
 
@@ -47,17 +49,20 @@ sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "patches", "eval", 
 
 from _compiled_regions import compiled_regions  # noqa: E402
 from _e2e_models import TOY, build  # noqa: E402
-from _idle_driver import idle_driver, why_not  # noqa: E402
+from _idle_driver import idle_driver, idle_native, why_not  # noqa: E402
 from _timing import environment  # noqa: E402
 
 import dit_accel  # noqa: E402
 import dit_accel.replayed  # noqa: E402
 from dit_accel_eval.files import write_json  # noqa: E402
-from dit_accel_kernels import backends, query_means  # noqa: E402
+from dit_accel_kernels import backends, native, query_means  # noqa: E402
+from dit_accel_patches import op  # noqa: E402
 
 ROUNDS, CALLS = 41, 20
 METHODS = ("na", "radial", "adaspa", "union", "auto")
 _ELSEWHERE = 12  # sets of tensors in turns, more than addresses are remembered
+_IN_C = ("in C", "compiled in C", "C body", "arming")
+_LAYERS, _FREE = 40, 10_000  # of a large model, and numbers that no layer has here
 
 
 @dataclass(frozen=True)
@@ -71,18 +76,28 @@ class Sparse:
 
 
 def of_thread(calls: tuple[Callable[[], object], ...]) -> float:
-    """Microseconds of this thread in one call, the calls in turns: the lower quartile of some rounds.
+    """Microseconds of this thread in one call, the calls in turns: the lower quartile of some rounds."""
+    return in_turns((_nothing, calls))[0]
+
+
+def in_turns(*cases: tuple[Callable[[], object], tuple[Callable[[], object], ...]]) -> list[float]:
+    """Microseconds of this thread in one call of each case, the lower quartile of rounds in which each has its turn.
 
     Whoever shares the core with us, or its caches, makes rounds longer and none shorter.
+
+    Args:
+        cases: what is done before a turn, which is not timed, and calls to be made in turns.
     """
-    found = []
+    found: list[list[float]] = [[] for _ in cases]
     for _ in range(ROUNDS):
-        _wait()
-        start = time.thread_time_ns()
-        for i in range(CALLS):
-            calls[i % len(calls)]()
-        found.append((time.thread_time_ns() - start) / CALLS / 1e3)
-    return statistics.quantiles(found, n=4)[0]
+        for (prepare, calls), spent in zip(cases, found, strict=True):
+            prepare()
+            _wait()
+            start = time.thread_time_ns()
+            for i in range(CALLS):
+                calls[i % len(calls)]()
+            spent.append((time.thread_time_ns() - start) / CALLS / 1e3)
+    return [statistics.quantiles(spent, n=4)[0] for spent in found]
 
 
 def pure_python() -> int:
@@ -133,6 +148,7 @@ def sparse(name: str, device: torch.device) -> Iterator[Sparse]:
             calls[0]()
         before = handle.stats()["transformer"].sparse_calls
         if device.type == "cpu":
+            stack.enter_context(idle_native())
             stack.enter_context(mock.patch("dit_accel_kernels._common.triton_reason", _nothing))
             stack.enter_context(mock.patch.object(dit_accel.replayed, "_EVERYWHERE", True))
         for _ in range(6):
@@ -264,7 +280,7 @@ def _outside(found: Sparse) -> tuple[float, float, int]:
     bound = None if plan.replays is None else next(iter(plan.replays.replays._bound.values()), None)
     if bound is None:
         return 0.0, 0.0, 0
-    program, ready = bound._program, next(iter(bound._ready.values()))
+    program, ready = bound.program, next(iter(bound._ready.values()))
 
     def launches() -> None:
         for start, args in ready:
@@ -282,6 +298,56 @@ def _outside(found: Sparse) -> tuple[float, float, int]:
     return *spent, len(ready)
 
 
+def _in_c(found: Sparse, launches: float) -> dict[str, float]:
+    """The call in the hands of C, and a compiled region with it in those of Python and of C; 0 what is not possible."""
+    run, state = found.installation.run, found.installation._state
+    module, (region, nothing) = native.native(), compiled_regions(found.qkv)
+
+    def by_python() -> None:
+        run.disarm()
+        if module is not None:
+            module.set_body(op._attend)
+
+    def by_c() -> None:
+        by_python()
+        op.arm(state)
+        module.set_body(_no_python)  # a call that goes there is no call in C
+
+    op.arm(state)
+    if not run._armed._now:
+        print(f"not in C: {native.why_not() or 'the call is not settled'}")
+        compiled, empty = in_turns((by_python, (region,)), (_nothing, (nothing,)))
+        return {"compiled": compiled, "body": compiled - empty - launches} | dict.fromkeys(_IN_C, 0.0)
+    try:
+        alone = in_turns((by_c, found.calls))[0]
+        compiled, empty, in_c = in_turns((by_python, (region,)), (_nothing, (nothing,)), (by_c, (region,)))
+    finally:
+        by_python()
+    spent = {"compiled": compiled, "body": compiled - empty - launches}
+    return spent | dict(zip(_IN_C, (alone, in_c, in_c - empty - launches, _arming(run)), strict=True))
+
+
+def _no_python(*_: Any) -> Any:
+    raise AssertionError("the operator's body in Python was called")
+
+
+def _arming(run: Any) -> float:
+    """Microseconds a layer of a forward call of as many layers as large models have, when all calls are settled."""
+    (where, settled), kept = next(iter(run._settled.items())), dict(run._settled)
+    numbers = {layer: _FREE + layer for layer in range(_LAYERS)}
+    run._settled.update({(where[0], layer): settled for layer in numbers})
+
+    def arming() -> None:
+        run.arm(numbers)
+        run.disarm()
+
+    try:
+        return of_thread((arming,)) / _LAYERS
+    finally:
+        run._settled.clear()
+        run._settled.update(kept)
+
+
 def measured(name: str, device: torch.device, profile: bool) -> dict[str, Any]:
     """One row of the table."""
     with sparse(name, device) as found:
@@ -289,8 +355,7 @@ def measured(name: str, device: torch.device, profile: bool) -> dict[str, Any]:
         row["settled"] = bool(found.installation.run._settled)
         row["launches"], row["torch"], row["kernels"] = _outside(found)
         row["diffusers"] = of_thread((found.idle,))
-        compiled, empty = (of_thread((region,)) for region in compiled_regions(found.qkv))
-        row["compiled"], row["body"] = compiled, compiled - empty - row["launches"]
+        row.update(_in_c(found, row["launches"]))
         with _no_replays(found):
             found.calls[0]()
             row["usual"] = of_thread(found.calls[:1])
@@ -313,6 +378,10 @@ def profiled(call: Callable[[], object]) -> str:
     return text.getvalue()
 
 
+def _wide(column: str) -> int:
+    return max(10, len(column) + 2)
+
+
 def main() -> None:
     """Print a table, and append it to a record if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,15 +400,16 @@ def main() -> None:
     device = torch.device("cpu" if idle else "cuda")
     if args.no_self_test:
         backends.self_test = query_means.self_test = _nothing  # type: ignore[assignment]
-    columns = ("again", "elsewhere", "usual", "engine", "launches", "torch", "diffusers", "ours", "compiled", "body")
-    columns += ("python",)
+    columns = ("again", "elsewhere", "in C", "usual", "engine", "launches", "torch", "diffusers", "ours", "compiled")
+    columns += ("body", "compiled in C", "C body", "arming", "python")
     print("host time of one sparse attention call, microseconds" + (", idle driver" if idle else ""))
-    print(f"{'':10}" + "".join(f"{column:>10}" for column in columns) + "   kernels")
+    print(f"{'':10}" + "".join(f"{column:>{_wide(column)}}" for column in columns) + "   kernels")
     rows: list[dict[str, Any]] = []
     before = json.loads(args.out.read_text()) if args.out is not None and args.out.exists() else []
     for name in args.methods:
         row = measured(name, device, args.profile)
-        print(f"{name:10}" + "".join(f"{row[column]:10.1f}" for column in columns) + f"{row['kernels']:10}", flush=True)
+        figures = "".join(f"{row[column]:{_wide(column)}.1f}" for column in columns)
+        print(f"{name:10}{figures}{row['kernels']:10}", flush=True)
         rows.append(row)
         if args.out is not None:
             write_json(args.out, [*before, {**environment(device), "driver": "idle" if idle else "CUDA", "rows": rows}])

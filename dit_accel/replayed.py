@@ -33,9 +33,13 @@ class PlanReplays:
 
     The index lists of a plan, and what hangs on them, may be dropped and derived again, elsewhere: they are not kept alive
     here.
+
+    Args:
+        plan: that plan.
+        more: further tensors that live as long as its index lists.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, more: tuple[Tensor | None, ...] = ()) -> None:
         from dit_accel_kernels.replay import Replays  # not before it is used: importing dit_accel must be quick
 
         lists, mask, order, key_order, windows = plan.mask.lists(), plan.mask, plan.order, plan.key_order, plan.windows
@@ -47,6 +51,7 @@ class PlanReplays:
         stays += [plan.seen_bits, plan.bias, *plan.compensation.stays(plan)]
         stays += [x for o in (order, key_order) for x in ((None, None) if o is None else (o.table, o.head))]
         stays += [None] * 3 if windows is None else [windows.q_lo, windows.q_hi, windows.k_code]
+        stays += more
         self._precision = plan.precision
         key = plan.compensation, mask.block_q, mask.block_k, plan.gather is None, plan.precision
         self.replays = Replays(stays, key)
@@ -68,6 +73,12 @@ class PlanReplays:
             and self._precision is plan.precision
             and self._compensation is plan.compensation
         )
+
+    @staticmethod
+    def used(plan: Plan) -> tuple[object, ...]:
+        """What holds the tensors of a plan whose addresses are known here."""
+        mask, more = plan.mask, (plan.compensation, plan.state, plan.windows, plan.bias, plan.seen_bits)
+        return plan, mask.lists(), mask.bits, plan.order, plan.key_order, *more
 
     def __call__(self, function: _Function, moving: _Tensors, options: Hashable, *args: Any) -> _Result:
         """``function(*moving, *args)``, where ``options`` and the plan decide all that ``args`` do."""
@@ -137,5 +148,14 @@ def replays_of(plan: Plan, query: Tensor, backend: str | None) -> PlanReplays | 
         if switched_off():
             plan.replays = None
             return None
-        known = plan.replays = PlanReplays(plan)
+        known = plan.replays = PlanReplays(plan, (_order_of_jobs(plan, query, backend),))
     return known
+
+
+def _order_of_jobs(plan: Plan, query: Tensor, backend: str | None) -> Tensor | None:
+    """The order in which Hopper's kernel does the blocks of such queries ``[B, H, S, D]``, made once for the lists."""
+    if backend != "hopper" or plan.precision is not None:
+        return None
+    from dit_accel_kernels.block_sparse.hopper_kept import order_that_stays
+
+    return order_that_stays(query, plan.mask.lists())

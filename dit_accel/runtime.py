@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel.adapter import DenseFn, StepInfo
+from dit_accel.armed import Armed
 from dit_accel.blend import Blend
 from dit_accel.cross import CrossCache
 from dit_accel.dense_steps import with_dense_steps
@@ -99,6 +101,7 @@ class ModelRun(PlannedRun):
         # What the layers of one forward call would ask in vain again.
         self._answers: dict[Any, tuple[str | None, str | None]] = {}
         self._settled: dict[tuple[str, int], Settled] = {}
+        self._armed = Armed()
 
     @property
     def module(self) -> nn.Module | None:
@@ -121,6 +124,7 @@ class ModelRun(PlannedRun):
 
     def begin_forward(self, geometry: TokenGeometry | str, step: StepInfo) -> None:
         """Take over the geometry and the step of the forward call that starts."""
+        self.disarm()
         begins, self._fresh = self._fresh, False
         if begins:
             self.ledger = Ledger()
@@ -145,6 +149,7 @@ class ModelRun(PlannedRun):
     def _forget(self) -> None:
         """Drop all plans, and the number formats that were found for them."""
         super()._forget()
+        self.disarm()
         self._settled.clear()
         if self._head_precisions is not None:
             self._head_precisions.clear()
@@ -188,6 +193,7 @@ class ModelRun(PlannedRun):
 
     def status(self) -> RunStatus:
         """What was computed in the latest run. Waits for the device."""
+        self.disarm()
         return self.ledger.status(self.model, self.method.name, self.layers)
 
     def attend(
@@ -236,6 +242,21 @@ class ModelRun(PlannedRun):
         if out is None:
             del self._settled[where]  # which keeps a plan that may just be made anew
         return out
+
+    def arm(self, numbers: Mapping[int, int]) -> Any | None:
+        """Have C make the settled calls of the forward call that has begun, until :meth:`disarm`.
+
+        Args:
+            numbers: process-wide number of each layer by its index.
+
+        Returns:
+            The module in C, ``None`` if it has nothing to do.
+        """
+        return self._armed.arm(self, numbers) if self._settled else None
+
+    def disarm(self) -> None:
+        """The forward call is over, or something has changed: every call is asked about again, and all are counted."""
+        self._armed.disarm(self)
 
     def blended(self, out: Tensor, value: Tensor, layer: int) -> Tensor:
         """The output ``[B, S, H, D]`` of a layer after the blends in force; see :class:`Blend`."""

@@ -6,7 +6,7 @@ asked at each call is what can change between two steps: the schedule, the plan,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class Settled:
         self._at, self._scale, self._counted = state.planned_at, scale, counted
         self._backend, self._steps, self._formats = backend, steps, formats
         self._shape, self._dtype, self._index = query.shape, query.dtype, query.get_device()
-        self._strides = query.stride(), key.stride(), value.stride()
+        self._strides, self._device = (query.stride(), key.stride(), value.stride()), query.device
+        self._native: Any = None
 
     def __call__(
         self, run: ModelRun, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
@@ -70,13 +71,39 @@ class Settled:
         made = self._launches.like(query, (query, key, value))
         if made is None:
             return None
+        self.count(run, layer, run._step.step, 1)
+        return made
+
+    def count(self, run: ModelRun, layer: int, step: int | None, calls: int) -> None:
+        """Say to the run's ledger that the call was made so many times."""
         ledger, exact = run.ledger, self._counted
         ledger.backend = self._backend
-        ledger.count_sparse(run._step.step, layer, exact[0], exact[1], reused=True)
+        for _ in range(calls):
+            ledger.count_sparse(step, layer, exact[0], exact[1], reused=True)
         if self._formats is not None:
             ledger.precisions[layer] = self._formats
         run._cross.note(layer, sparse=True)
-        return made
+
+    def armed(self, run: ModelRun, module: Any, quiet: tuple[list[Any], ...]) -> tuple[Any, Any] | None:
+        """The call for the module in C, with what must live meanwhile; ``None`` where it has to be asked.
+
+        Args:
+            run: whose forward call begins.
+            module: of :mod:`dit_accel_kernels.native`.
+            quiet: lists that must be empty when the call is made.
+        """
+        plan, replays = self._plan, self._replays
+        if self._native is False or not self._scheduled(run):
+            return None
+        if replays is None or plan.replays is not replays or not replays.holds(plan):
+            return None
+        if self._native is None:
+            from dit_accel_kernels.native.packing import Form, make_call
+
+            form = Form(tuple(self._shape), self._strides, self._dtype, self._device)
+            self._native = make_call(module, self._launches, form, self._scale, quiet) or False
+        # The lists may be dropped by another layer's call, and all else by whoever holds the plan.
+        return (self._native, (self._launches, replays.used(plan))) if self._native else None
 
     def _like_before(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether the tensors have the layout that they had, and nobody writes down what is computed."""

@@ -66,7 +66,7 @@ def test_holds_types_data_and_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for package in sorted(PACKAGES):
         assert f"{package}/py.typed" in names
-        data = ROOT.glob(f"**/{package}/**/*.json")
+        data = [path for kind in ("json", "c") for path in ROOT.glob(f"**/{package}/**/*.{kind}")]
         for path in data:
             inside = path.relative_to(next(parent for parent in path.parents if parent.name == package).parent)
             assert inside.as_posix() in names

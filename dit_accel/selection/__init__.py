@@ -103,7 +103,7 @@ def select(
 
 
 def _keep_best(rule: str, scores: Tensor, density: float | None, forced: Forced) -> tuple[Tensor, int | None] | None:
-    """What :func:`select` does, in two launches, for rules that keep a number of blocks of a row or a head."""
+    """What :func:`select` does, in few launches, for rules that keep a number of blocks of a row, a head or a layer."""
     group = SELECTIONS.trait(rule, "keeps_best", None)
     if group is None:
         return None
@@ -111,13 +111,16 @@ def _keep_best(rule: str, scores: Tensor, density: float | None, forced: Forced)
     share = made.strength if density is None else density
     if share is None or made.bound is None:
         return None
+    rows, map_of = forced.rows, scores
+    if group == "layer":  # its heads are one, of all their rows
+        rows, map_of = rows.repeat(scores.shape[1]), scores.flatten(1, 2)[:, None]
     levels = keep_best(
-        scores,
-        budget(share, scores.shape[3] * (scores.shape[2] if group == "head" else 1)),
-        by_head=group == "head",
-        rows=forced.rows if forced.row_count else None,
+        map_of,
+        budget(share, map_of.shape[3] * (1 if group == "row" else map_of.shape[2])),
+        by_head=group != "row",
+        rows=rows if forced.row_count else None,
         cols=forced.cols if forced.col_count else None,
-    )
+    ).view_as(scores)
     return levels, _with_forced(made.bound(share), levels, forced, None)
 
 

@@ -66,11 +66,11 @@ class Rule:
     bound: Callable[[float], int] | None = None
 
 
-SELECTIONS: Registry[Rule] = Registry("selection")
+SELECTIONS: Registry[Rule] = Registry("select")
 """Rules ``(scores, forced, *values) -> Rule`` with scores float32 ``[B, H, Qb, Kb]``, finite but for forced columns, which
 hold infinity. The first value of a spec is the strength (``"top_p:0.9"``); without it a density decides.
 
 Traits: ``needs_mass`` (bool): forced columns keep their scores, since the rule adds scores up; ``levels`` (bool): it may
 give levels of a pyramid; ``may_be_empty`` (bool): rows that it and the forced blocks leave empty get their best block;
 ``by_head`` (bool): heads do not look at each other, and a strength of shape ``[1, H, 1, 1]`` will do; ``keeps_best``
-(``"row"`` or ``"head"``): it keeps the share of the best blocks of each, which one kernel does."""
+(``"row"``, ``"head"`` or ``"layer"``): it keeps the share of the best blocks of each, which one kernel does."""

@@ -81,7 +81,7 @@ def top_k_head(scores: Tensor, forced: Forced, share: float | None = None) -> Ru
     )
 
 
-@SELECTIONS.register("top_k_layer", rows_on_top=True)
+@SELECTIONS.register("top_k_layer", rows_on_top=True, keeps_best="layer")
 def top_k_layer(scores: Tensor, forced: Forced, share: float | None = None) -> Rule:
     """The best blocks over all heads of a layer, for scores that heads can be compared by; at least one in each row."""
     size, rows, batch = scores[0].numel(), scores[..., 0].numel(), scores.shape[0]

@@ -108,12 +108,20 @@ def _run_triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _why_not_hopper(**kwargs: Any) -> str | None:
+    if kwargs["block_q"] == 64:
+        from .block_sparse.hopper_pairs_launch import why_not_pairs
+
+        return why_not_pairs(**kwargs)
     from .block_sparse.hopper_launch import why_not_hopper
 
     return why_not_hopper(**kwargs)
 
 
 def _run_hopper(*args: Any, gathered: GatheredKeys | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    if args[3].block_q == 64:
+        from .block_sparse.hopper_pairs_launch import run_pairs
+
+        return run_pairs(*args, gathered=gathered, **kwargs)
     if gathered is not None:
         from .pyramid.hopper_launch import run_gathered
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .recording import Address, Box, Launch, Recording
 
-__all__ = ["Program", "Ready", "Starter", "make_program"]
+__all__ = ["HEAD", "Program", "Ready", "Slot", "Starter", "make_program"]
 
 #: A launch with all its addresses: Triton's launcher in C, and what it is called with.
 Ready = tuple[Callable[..., None], tuple[Any, ...]]
@@ -20,7 +20,8 @@ Ready = tuple[Callable[..., None], tuple[Any, ...]]
 _Places = dict[int, tuple[int, int]]
 _ALIGN = 256
 _LARGE = 32 << 20  # bytes from which a tensor has an allocation of its own: one for all would split memory worse
-_HEAD = "iiiKKppOOOOOO"  # what the launcher takes before the arguments of the kernel
+#: What Triton's launcher takes before the arguments of the kernel, as its C says it.
+HEAD = "iiiKKppOOOOOO"
 
 
 class Slot(NamedTuple):
@@ -137,7 +138,7 @@ def _starter(launch: Launch, places: _Places) -> Starter | None:
     from triton.backends.nvidia import driver
 
     run = getattr(launch.compiled, "run", None)
-    if not isinstance(run, driver.CudaLauncher) or getattr(driver, "_BASE_ARGS_FORMAT", None) != _HEAD:
+    if not isinstance(run, driver.CudaLauncher) or getattr(driver, "_BASE_ARGS_FORMAT", None) != HEAD:
         return None
     start = _in_c(run.launch)
     if start is None or run.global_scratch_size or run.profile_scratch_size:

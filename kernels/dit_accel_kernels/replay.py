@@ -111,20 +111,26 @@ class Replays:
 
 
 class Launches:
-    """A program whose tensors that stay are known; ``stays`` are their addresses."""
+    """A program whose tensors that stay are known.
+
+    Args:
+        program: what is launched.
+        stays: addresses of the tensors that stay.
+    """
 
     def __init__(self, program: Program, stays: tuple[int, ...]) -> None:
         from triton import knobs
 
-        self._program, self._runtime, self._index = program, knobs.runtime, program.device.index or 0
+        self.program, self.stays = program, stays
+        self._runtime, self._index = knobs.runtime, program.device.index or 0
         self._starters = tuple(starter.settled(stays) for starter in program.starters)
         self._ready: dict[tuple[int, ...], tuple[Ready, ...]] = {}
 
     def __call__(self, moving: tuple[Tensor, ...]) -> Result | None:
         """Launch; ``None``, and nothing has happened, if the call has to go the usual way."""
         made = [
-            torch.empty_strided(shape, steps, dtype=dtype, device=self._program.device)
-            for shape, steps, dtype in self._program.results
+            torch.empty_strided(shape, steps, dtype=dtype, device=self.program.device)
+            for shape, steps, dtype in self.program.results
         ]
         if not self._starts(moving, made):
             return None
@@ -133,8 +139,8 @@ class Launches:
     def like(self, given: Tensor, moving: tuple[Tensor, ...]) -> Tensor | None:
         """The first result with the shape, strides and dtype of ``given``, where it has these but for their order."""
         made = [torch.empty_like(given)]
-        for shape, steps, dtype in self._program.results[1:]:
-            made.append(torch.empty_strided(shape, steps, dtype=dtype, device=self._program.device))
+        for shape, steps, dtype in self.program.results[1:]:
+            made.append(torch.empty_strided(shape, steps, dtype=dtype, device=self.program.device))
         return made[0] if self._starts(moving, made) else None
 
     def _starts(self, moving: tuple[Tensor, ...], made: list[Tensor]) -> bool:
@@ -147,8 +153,8 @@ class Launches:
             return self._launch(moving, made)
 
     def _launch(self, moving: tuple[Tensor, ...], made: list[Tensor]) -> bool:
-        device = self._program.device
-        rooms = [torch.empty(size, dtype=torch.uint8, device=device) for size in self._program.rooms]
+        device = self.program.device
+        rooms = [torch.empty(size, dtype=torch.uint8, device=device) for size in self.program.rooms]
         addresses = (_current_stream(self._index), *[x.data_ptr() for x in (*moving, *made, *rooms)])
         ready = self._ready.get(addresses)
         if ready is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,12 +30,22 @@ TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") e
 Again = Callable[[int, Tensor, Tensor, Tensor, "float | None"], "Tensor | None"]
 
 
+#: What has C make settled calls: takes the numbers of the layers, gives the module in C, or ``None``.
+Arm = Callable[[Mapping[int, int]], Any]
+
+
+def _nothing() -> None: ...
+
+
 class ForwardState:
     """What the layers of one accelerated transformer share.
 
     Attributes:
         run: receives the calls.
+        numbers: process-wide number of each layer by its index.
         again: what the run makes again without being asked, as ``ModelRun.again``; ``None`` where it has no such thing.
+        arm: has C make such calls, as ``ModelRun.arm``; ``None`` where the run has no such thing.
+        disarm: ends that.
         thread: the thread inside a forward call of the transformer, ``None`` between calls.
         rule: what the calls of this transformer need, ``None`` for nothing.
         row: the query whose row of a mask ``[B, 1, S, S]`` says which keys are valid, ``None`` where there is none.
@@ -44,7 +54,10 @@ class ForwardState:
 
     def __init__(self, run: AttentionRun, rule: CallRule | None = None) -> None:
         self.run = run
+        self.numbers: dict[int, int] = {}
         self.again: Again | None = getattr(run, "again", None)
+        self.arm: Arm | None = getattr(run, "arm", None)
+        self.disarm: Callable[[], None] = getattr(run, "disarm", _nothing)
         self.thread: threading.Thread | None = None
         self.rule = rule
         self.row: int | None = None
@@ -72,6 +85,7 @@ class LayerHandle:
         self.backend = backend
         self.sdpa = sdpa
         _table[self.number] = self
+        state.numbers[index] = self.number
 
 
 class _Traced:
@@ -87,7 +101,7 @@ class _PerThread(threading.local):
     handle: LayerHandle | None = None
 
 
-_numbers = itertools.count()
+_numbers = itertools.count(1)  # 0 is that of a self-test
 _table: WeakValueDictionary[int, LayerHandle] = WeakValueDictionary()
 _traced = _Traced()
 # Dynamo cannot guard reliably on a thread-local's attributes, so traced code has a slot of its own.

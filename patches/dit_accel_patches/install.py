@@ -26,6 +26,7 @@ from dit_accel_patches.context import add_hook, remove_hook
 from dit_accel_patches.cross import CrossLayers, clean
 from dit_accel_patches.handles import ForwardState
 from dit_accel_patches.layers import Layer, find_layers
+from dit_accel_patches.op import arm
 from dit_accel_patches.parallel import update
 
 __all__ = ["Installation", "install"]
@@ -73,7 +74,10 @@ class Installation:
         found = list(find_layers(module, adapter))
         if not found:
             places = ", ".join(f"{b}.*.{a}" for b in adapter.blocks for a in adapter.attention)
-            raise ValueError(f"{type(module).__name__} has no attention at {places} (adapter {adapter.name})")
+            raise ValueError(
+                f"{type(module).__name__} has no self-attention that could be accelerated: none at {places}, where the "
+                f"{adapter.name} adapter looks for it"
+            )
         self.adapter = adapter
         self.run = run
         self.layers: tuple[str, ...] = tuple(path for path, _ in found)
@@ -159,12 +163,14 @@ class Installation:
         for record in self._records:
             if record.skipped is not None:
                 self.run.decline(record.index, record.skipped)
+        arm(self._state)
 
     def end(self, *, cut: bool) -> None:
         """End of a forward call; ``cut`` says that it raised, and with it its run."""
         if self._state.thread is not threading.current_thread():
             return
         self._state.thread = None
+        self._state.disarm()
         if cut:
             self.end_run()
 

@@ -1,7 +1,8 @@
 """The custom operator through which every accelerated layer goes.
 
 To a compiler it is one opaque node with the layer as a tensor, so one graph serves all layers. Its body is Python that
-runs at run time: it finds the layer and its run, and decides per call.
+runs at run time: it finds the layer and its run, and decides per call. On NVIDIA GPUs a body in C stands before it, which
+makes the calls that were armed when the forward call began (:mod:`dit_accel_kernels.native`) and hands it all others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dit_accel_patches.aligned import ALIGNMENT, tell_inductor
 from dit_accel_patches.calls import Call
 from dit_accel_patches.handles import TAGS, ForwardState, LayerHandle, find
 
-__all__ = ["DenseCall", "attend", "set_dense_call"]
+__all__ = ["DenseCall", "arm", "attend", "leave", "set_dense_call", "take"]
 
 #: Dense attention of a layer: ``(handle, q, k, v, mask, scale, causal, gqa, parallel_config) -> out``, all
 #: ``[B, S, H, D]``; diffusers' parallel configuration where the call is one process's part of a sequence.
@@ -30,6 +31,7 @@ _SCHEMA = (
     " bool spread=False) -> Tensor"
 )
 _dense_call: DenseCall | None = None
+_native: list[Any] = []  # the operator's body in C and the library that registers it, once there is one
 
 
 def set_dense_call(call: DenseCall) -> None:
@@ -71,6 +73,32 @@ def _attend(
         return _registered()(handle, q, k, v, m, scale, causal, gqa, config)
 
     return _as_promised(found.attend(query, key, value, mask, handle, here, as_is), query)
+
+
+def arm(state: ForwardState) -> None:
+    """Have C make the calls of the forward call that has begun, where nothing is left to decide about them."""
+    rule = state.rule
+    if state.arm is None or state.spread is not None or not (rule is None or rule.hands_over):
+        return
+    module = state.arm(state.numbers)
+    if module is not None and not _native:
+        take(module)
+
+
+def take(module: Any, key: str = "CUDA") -> None:
+    """Give the operator the body in C, which hands what is not armed to the one in Python."""
+    module.set_body(_attend)
+    # Beside the body for all devices, not in its place: the dispatcher prefers that of the device.
+    library = torch.library.Library("dit_accel", "IMPL")
+    library.impl("attend", module.attend, key)
+    _native[:] = module.attend, library
+
+
+def leave() -> None:
+    """Undo :func:`take`."""
+    if _native:
+        _native.pop()._destroy()
+        _native.clear()
 
 
 def _again(
@@ -169,7 +197,10 @@ def attend(
 
     With ``spread`` the tokens are this process's part of a sequence; see :mod:`dit_accel_patches.parallel`.
     """
-    call = cast(Any, torch.ops.dit_accel.attend) if _recorded(query) else _attend
+    if _recorded(query):
+        call = cast(Any, torch.ops.dit_accel.attend)
+    else:
+        call = _native[0] if _native else _attend
     return cast(Tensor, call(query, key, value, layer, mask, scale, causal, gqa, spread))
 
 

@@ -49,7 +49,7 @@ def test_loops_and_borders_overlap_and_spill_nothing() -> None:
         # A loop each, and the border of two jobs of either consumer.
         assert len(kernel["under"]) == len(kernel["loops"]) + 2, kernel
         assert min(kernel["under"]) >= 60, kernel
-        if "/plain/" in kernel["name"]:
+        if "windows" not in kernel["name"]:
             assert kernel["stores"] == 0, kernel
         plain = "/plain/" in kernel["name"]
         # Each of the two consumers: a fast and a careful loop, and the same again for biased tiles.

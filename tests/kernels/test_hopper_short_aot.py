@@ -1,4 +1,4 @@
-"""What ptxas makes of the Hopper kernel for short lists: no consumer spills, main loops overlap."""
+"""What ptxas makes of the Hopper kernel for short lists: hardly anything is spilled, main loops overlap."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_main_loops_overlap_and_spill_nothing() -> None:
     assert len(seen) == 3
     for kernel in seen:
         assert not kernel["serialized"], kernel
-        assert kernel["spilled"] <= 24, kernel
+        assert kernel["spilled"] <= (8 if "ragged" in kernel["name"] else 0), kernel
         # Each of the two consumers: a loop without a maximum and one, for repeated jobs, that takes it.
         fast = [loop for loop in kernel["loops"] if loop["FMNMX"] == 0]
         assert len(fast) == 2, kernel

@@ -132,7 +132,7 @@ def compare(plan: Plan, qkv: Tensors, log: Log, backend: str = "hopper", want_ls
 
 
 @needs_idle
-@pytest.mark.parametrize(("name", "launches"), [("auto", 8), ("adaspa", 2), ("union", 3), ("radial", 2)])
+@pytest.mark.parametrize(("name", "launches"), [("auto", 7), ("adaspa", 1), ("union", 2), ("radial", 1)])
 def test_launches_are_those_of_the_usual_way(log: Log, counted: Counted, name: str, launches: int) -> None:
     plan = plan_of(name)
     for seed in range(3):
@@ -285,7 +285,7 @@ def test_only_a_call_like_the_one_before_takes_the_short_way(log: Log, counted: 
     assert plan.replays.again(plan, two, (0.5, "hopper", False)) is None
     log.clear()
     assert plan.replays.again(plan, two, (None, "hopper", False)) is not None
-    assert len(log) == 2
+    assert len(log) == 1
     plan.order = plan.key_order = None
     plan.bias = torch.zeros(1)
     assert plan.replays.again(plan, two, (None, "hopper", False)) is None
@@ -304,7 +304,7 @@ def test_enabled_again_the_launches_are_the_same(log: Log) -> None:
                 log.clear()
                 call()
                 forms.append(same_form(log))
-    assert len(forms[0]) == 2
+    assert len(forms[0]) == 1
     assert forms == [forms[0]] * 4
 
 

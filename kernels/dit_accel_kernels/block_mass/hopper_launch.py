@@ -10,8 +10,7 @@ from .._launch import capability, launch
 from ..block_sparse.hopper_call import make_descriptor, multiprocessors
 from ..block_sparse.hopper_launch import has_gluon
 from ..block_sparse.hopper_specs import padded
-from .hopper_specs import CONSUMER_REGS, GROUP, OTHER_REGS, ring_stages
-from .reference import query_rows
+from .hopper_specs import CONSUMER_REGS, GROUP, OTHER_REGS, by_polynomial, ring_stages
 
 __all__ = ["block_mass_hopper", "split_keys", "why_not_hopper"]
 
@@ -80,14 +79,11 @@ def block_mass_hopper(
 ) -> Tensor:
     """Softmax mass per block; see :func:`dit_accel_kernels.block_mass` and :func:`.reference.block_mass_reference`."""
     from .hopper import block_mass_hopper_kernel
+    from .hopper_schedule import mass_rows
 
     batch, heads, queries, dim = q.shape
     keys, key_blocks = k.shape[2], blocks(k.shape[2], block_k)
-    if rows is None:
-        rows = torch.arange(blocks(queries, block_q * step), device=q.device)
-    entries = rows.shape[0]
-    token, inside = query_rows(rows, block_q, queries, table, head, step)
-    shift = _shift(lse, token, inside, block_q)
+    entries = blocks(queries, block_q * step) if rows is None else rows.shape[0]
     row_tiles, tiles = blocks(entries * block_q, _ROWS), blocks(keys, _TILE)
     most = multiprocessors(q.device)
     chunk = split_keys(batch * heads * row_tiles, tiles, most)
@@ -95,23 +91,15 @@ def block_mass_hopper(
     jobs = batch * heads * row_tiles * splits
     out = torch.empty(batch, heads, entries, key_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
+        token, shift = mass_rows(lse, block_q, rows, table, head, step)
         launch(block_mass_hopper_kernel, (min(most, jobs),))(
-            make_descriptor(k, _TILE, padded(dim)), q, token.to(torch.int32).contiguous(), shift,
+            make_descriptor(k, _TILE, padded(dim)), q, token, shift,
             None if key_valid is None else key_valid.contiguous(), out, scale * _LOG2E,
             entries * block_q, entries, keys, key_blocks, jobs, min(most, jobs), row_tiles, heads, splits, chunk, tiles,
             token.shape[1] if token.shape[0] > 1 else 0, *(n // 8 for n in q.stride()[:3]),
             D=padded(dim), DIM=dim, STAGES=ring_stages(dim), GROUP=GROUP, PER=_TILE // block_k,
             JOIN=block_q == 128, EACH=max(1, 64 // block_q), EVEN_K=keys % block_k == 0,
-            HAS_VALID=key_valid is not None, CONSUMER_REGS=CONSUMER_REGS, OTHER_REGS=OTHER_REGS, num_warps=4,
+            HAS_VALID=key_valid is not None, CONSUMER_REGS=CONSUMER_REGS, OTHER_REGS=OTHER_REGS,
+            POLYNOMIALS=by_polynomial(dim), num_warps=4,
         )  # fmt: skip
     return out
-
-
-def _shift(lse: Tensor, token: Tensor, inside: Tensor, block_q: int) -> Tensor:
-    """What is added to the logits of each row: float32 ``[B, H, R]``, see :mod:`.hopper`."""
-    batch, heads, _ = lse.shape
-    row_lse = lse.gather(2, token.expand(heads, -1)[None].expand(batch, -1, -1))
-    counted = inside & (row_lse > float("-inf"))
-    count = counted.view(batch, heads, -1, block_q).sum(3, keepdim=True).clamp_(min=1).log2()
-    shift = (row_lse * -_LOG2E).view(*count.shape[:3], block_q) - count
-    return shift.view(counted.shape).masked_fill_(~counted, float("-inf"))

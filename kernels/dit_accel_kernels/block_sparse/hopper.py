@@ -38,6 +38,7 @@ from .hopper_steps import (
     first_tile,
     gather_rows,
     inverse_sum,
+    on_the_spot,
     put_lse,
     release_queries,
     step,
@@ -99,7 +100,8 @@ def _consumer(
     # ``more`` says whether the last one of a job is not its first.
     ZERO: gl.constexpr = D == 64
     q_buf = q_bufs.index(i_w)
-    q_tile = q_buf.reshape([64, D])
+    # Whether addresses in the buffer of the queries are computed where they are used, not kept over the loops.
+    SPARE: gl.constexpr = BIAS > 0 and D == 128
     # As if a job without a number had come before, which ``info`` says: its weights are 0, its values are what the memory
     # holds.
     stage, phase, slot = STAGES - 1, 1, 0
@@ -114,8 +116,11 @@ def _consumer(
     job = _number(told, 0)
     while job != -1:
         i_q, i_h, i_b = _number(told, 4), _number(told, 5), _number(told, 6)
+        q_here = q_buf
+        if SPARE:
+            q_here = q_bufs.index(on_the_spot(job * 0 + i_w))
         q_op = _queries(
-            q, table, head_row, q_b, q_h, q_s, table_s, i_q, i_h, i_b, q_tile, i_w,
+            q, table, head_row, q_b, q_h, q_s, table_s, i_q, i_h, i_b, q_here.reshape([64, D]), i_w,
             D, DIM, GATHER and not FETCHED, ROWS, Q_LAYOUT,
         )  # fmt: skip
         if BIAS > 0:
@@ -136,7 +141,7 @@ def _consumer(
             vote(votes, gl.where(fine | (_number(done, 3) != 0), 0, 1))
         done_max = row_max
         acc, p, row_max, shares = first_tile(
-            acc, p, s, bias, bars, stage, scale2, _number(told, 7), S_LAYOUT, FAST, BIAS
+            acc, p, s, bias, bars, stage, scale2, 1 if MORE_BIASED else _number(told, 7), S_LAYOUT, FAST, BIAS
         )
         # Read again, like what was told below: registers are short while both products run.
         done = _read(info, slot ^ 1, D == 64)
@@ -151,8 +156,11 @@ def _consumer(
                 table_here = table + gl.load(head_row + o_h) * table_s
             else:
                 table_here = table
+            q_here = q_buf
+            if SPARE:
+                q_here = q_bufs.index(on_the_spot(done_job * 0 + i_w))
             finish(
-                acc, inverse_sum(done_sum), q_buf, desc_o, out, table_here, table_s, o_q, o_h, o_b,
+                acc, inverse_sum(done_sum), q_here, desc_o, out, table_here, table_s, o_q, o_h, o_b,
                 out_b, out_h, out_s, i_w, D, DIM, GATHER, ROWS,
             )  # fmt: skip
             if HAS_LSE:
@@ -213,14 +221,14 @@ def _consumer(
 
 
 @gluon.jit(do_not_specialize_on_alignment=["lse", "table", "valid", "order", "counter", "again"], do_not_specialize=[
-    "sk", "words", "qb", "kb", "heads", "jobs", "in_order", "programs", "table_s",
+    "sk", "words", "qb", "kb", "heads", "jobs", "in_order", "programs", "alone", "table_s",
     "list_b", "list_h", "bits_b", "bits_h", "bias_b", "bias_h",
     "q_b", "q_h", "q_s", "out_b", "out_h", "out_s",
 ])  # fmt: skip
 def block_sparse_hopper_kernel(
     desc_q, desc_k, desc_v, desc_o, desc_pk, desc_pv, q, out, lse, row_start, full, partial, indices, order, counter,
     again, table, head_row, bias, bits, valid, scale2, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
-    table_s: int64, q_b: int64, q_h: int64, q_s: int64, out_b: int64, out_h: int64, out_s: int64,
+    alone, table_s: int64, q_b: int64, q_h: int64, q_s: int64, out_b: int64, out_h: int64, out_s: int64,
     list_b, list_h, bits_b, bits_h, bias_b, bias_h, q_lo, q_hi, k_bits, k_base,
     D: gl.constexpr, DIM: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
     HAS_PARTIAL: gl.constexpr, HAS_POOLED: gl.constexpr, HAS_VALID: gl.constexpr, GATHER: gl.constexpr,
@@ -269,7 +277,7 @@ def block_sparse_hopper_kernel(
     ) + shared  # fmt: skip
     producer_args = (  # noqa: RUF005
         desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,
-        bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
+        bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs, alone,
         list_b, list_h, bits_b, bits_h, bias_b, bias_h, k_bits, k_base,
         q, table, head_row, tokens, table_s, q_b, q_h, q_s,
     ) + shared  # fmt: skip

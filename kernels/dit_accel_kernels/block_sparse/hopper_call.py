@@ -12,11 +12,29 @@ from torch import Tensor
 from ..types import Pooled, TokenOrder
 from .hopper_specs import HopperConfig, padded
 
-__all__ = ["QUERIES", "HopperCall", "hopper_call", "in_units", "make_descriptor", "multiprocessors"]
+__all__ = ["QUERIES", "HopperCall", "Jobs", "hopper_call", "in_units", "jobs_of", "make_descriptor", "multiprocessors"]
 
 QUERIES = 128  # rows of a job, both consumers together
 _TILE = 128  # keys of a step
 _LOG2E = 1.0 / math.log(2.0)
+
+
+class Jobs(NamedTuple):
+    """The query blocks of all heads of a call, and what decides about their order besides the lists.
+
+    Attributes:
+        total: jobs of the call.
+        first: those that come in turn, before what is sorted.
+        span: jobs of a group.
+        blocks: query blocks of a head.
+        heads: heads of the call.
+    """
+
+    total: int
+    first: int
+    span: int
+    blocks: int
+    heads: int
 
 
 class HopperCall(NamedTuple):
@@ -29,6 +47,7 @@ class HopperCall(NamedTuple):
         constants: its compile-time arguments.
         programs: programs of the launch.
         span: jobs whose order is free, see :mod:`.hopper_schedule`.
+        jobs: all that is known about the order.
     """
 
     out: Tensor
@@ -37,6 +56,7 @@ class HopperCall(NamedTuple):
     constants: dict[str, Any]
     programs: int
     span: int
+    jobs: Jobs
 
 
 def hopper_call(
@@ -51,6 +71,7 @@ def hopper_call(
     key_valid: Tensor | None,
     return_lse: bool,
     config: HopperConfig,
+    sorts: bool = True,
 ) -> HopperCall:
     """Allocate what a launch writes, and find the arguments that do not depend on its lists.
 
@@ -65,6 +86,7 @@ def hopper_call(
         key_valid: bool ``[B, Sk]``, false for padding.
         return_lse: whether the log-sum-exp is wanted.
         config: shape of a program.
+        sorts: whether there is room for the order of jobs, which a kernel before finds; otherwise ``order`` is missing.
     """
     batch, heads, sq, dim = q.shape
     sk = k.shape[2]
@@ -72,13 +94,11 @@ def hopper_call(
     d, gather = padded(dim), order is not None
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, sq) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    jobs = batch * heads * qb
-    programs = min(jobs, multiprocessors(q.device), config.max_programs or jobs)
-    # The first jobs of all programs come in order: they need not wait for the kernel that sorts.
-    in_order = programs if config.sorted_rounds else jobs
-    # The counter of jobs, the order in which they are done, and the chain of those that are repeated; all aligned alike
-    # whatever their number, lest another kernel be compiled.
-    space = [4, -(-(jobs - in_order) // 4) * 4, jobs]
+    all_jobs = jobs_of(q, config)
+    jobs, in_order, programs = all_jobs.total, all_jobs.first, _programs(q, config)
+    # The counter of jobs and a sign behind it, the order in which they are done, and the chain of those that are repeated;
+    # all aligned alike whatever their number, lest another kernel be compiled.
+    space = [4, -(-(jobs - in_order) // 4) * 4 if sorts else 0, jobs]
     counter, order_of_last, again = torch.empty(sum(space), dtype=torch.int32, device=q.device).split(space)
     part = (_TILE, d) if block_k == _TILE else (64, 64)
     args: dict[str, Any] = {
@@ -91,7 +111,7 @@ def hopper_call(
         "q": q if gather else None,
         "out": out if gather else None,
         "lse": lse if return_lse else None,
-        "order": order_of_last,
+        "order": order_of_last if sorts else None,
         "again": again,
         "counter": counter,
         "table": None if order is None else order.table.contiguous(),
@@ -127,8 +147,27 @@ def hopper_call(
         "PRODUCER_REGS": config.producer_regs,
         "num_warps": 4,
     }
-    span = max(1, round(config.sorted_rounds * programs / qb)) * qb
-    return HopperCall(out, lse, args, constants, programs, span)
+    return HopperCall(out, lse, args, constants, programs, all_jobs.span, all_jobs)
+
+
+def _programs(q: Tensor, config: HopperConfig) -> int:
+    jobs = q.shape[0] * q.shape[1] * -(-q.shape[2] // QUERIES)
+    return min(jobs, multiprocessors(q.device), config.max_programs or jobs)
+
+
+def jobs_of(q: Tensor, config: HopperConfig) -> Jobs:
+    """The jobs of a call.
+
+    Args:
+        q: ``[B, H, Sq, D]``.
+        config: shape of a program.
+    """
+    batch, heads, sq, _ = q.shape
+    blocks, programs = -(-sq // QUERIES), _programs(q, config)
+    jobs = batch * heads * blocks
+    # The first jobs of all programs come in order: they need not wait for the kernel that sorts.
+    first = programs if config.sorted_rounds else jobs
+    return Jobs(jobs, first, max(1, round(config.sorted_rounds * programs / blocks)) * blocks, blocks, heads)
 
 
 def in_units(name: str, x: Tensor) -> dict[str, int]:

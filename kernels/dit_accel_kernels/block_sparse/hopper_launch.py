@@ -13,6 +13,7 @@ from .._launch import launch
 from ..types import BlockLists, GatheredKeys, Pooled, TokenOrder, TokenWindows
 from .arguments import list_args, pooled_args
 from .hopper_call import QUERIES, hopper_call
+from .hopper_kept import order_of_jobs
 from .hopper_short_launch import launch_short
 from .hopper_short_specs import is_short
 from .hopper_specs import PTX_OPTIONS, HopperConfig, hopper_config, spares_registers
@@ -154,7 +155,6 @@ def block_sparse_hopper(
         ValueError: the windows cannot be had here; see :func:`reroute_reason`.
     """
     from .hopper import block_sparse_hopper_kernel
-    from .hopper_schedule import BLOCK, OTHERS, longest_first_kernel
 
     config = hopper_config(q.shape[3]) if config is None else config
     call = hopper_call(
@@ -168,22 +168,14 @@ def block_sparse_hopper(
         key_valid=key_valid,
         return_lse=return_lse,
         config=config,
+        sorts=False,
     )
     args = call.args | list_args(lists) | pooled_args(pooled) | _window_args(windows, pooled, lists)
     has_partial = lists.partial is not None
     plain = order is None and pooled is None and windows is None and key_valid is None
     with torch.cuda.device(q.device):
-        launch(longest_first_kernel, (max(1, -(-(args["jobs"] - args["in_order"]) // BLOCK)),))(
-            *(args[name] for name in ("full", "partial", "order", "counter", "in_order", "jobs", "qb", "heads")),
-            args["list_b"],
-            args["list_h"],
-            HAS_PARTIAL=has_partial,
-            BLOCK=BLOCK,
-            OTHERS=OTHERS,
-            span=call.span,
-            PDL=True,
-            launch_pdl=True,
-        )
+        args["order"], known = order_of_jobs(lists, call.jobs, args["counter"])
+        args["alone"] = int(known)
         if plain and call.constants["FAST"] and is_short(lists, config):
             launch_short(call, args, has_partial, assembler_options())
             return call.out, call.lse

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .hopper_steps import eight, next_stage, on_the_spot, split_job
 from .hopper_windows import biased_tiles, key_bits
 
-__all__ = ["describe", "producer"]
+__all__ = ["claim_next", "claimed_of", "describe", "enter", "producer"]
 
 
 @gluon.jit
@@ -50,6 +50,67 @@ def _claimed(number):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def enter(counter, alone):
+    """What comes before anything is read; started ``alone``, without a kernel that sorts, it waits for what came before.
+
+    The first program sets the counter to 0 and leaves a sign behind it, where nobody knows what memory held. The last claim
+    of all takes the sign away.
+    """
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred waits, sets; .reg .u32 x;
+        setp.ne.u32 waits, $2, 0;
+        @waits griddepcontrol.wait;
+        mov.u32 x, %ctaid.x; setp.eq.u32 sets, x, 0;
+        mov.u32 x, %laneid; setp.eq.and.u32 sets, x, 0, sets;
+        @sets st.global.u32 [$1], 0;
+        @sets st.release.gpu.global.u64 [$1 + 8], 0x8f1d3c5ae9b47260;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [counter.to(gl.int64), alone], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def claim_next(counter, none, more, first):
+    """Like :func:`_claim` if there may be ``more`` jobs, else ``none``.
+
+    The ``first`` claim of a program waits until the counter is 0. Each claims once a job, so that there are as many claims
+    as jobs.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred mine, waits; .reg .u32 lane; .reg .u64 sign;
+        mov.u32 lane, %laneid; setp.eq.u32 mine, lane, 0; setp.ne.and.u32 mine, $3, 0, mine;
+        setp.ne.u32 waits, $3, 0; setp.ne.and.u32 waits, $4, 0, waits;
+        mov.u32 $0, $2;
+        WAIT:
+        @waits ld.acquire.gpu.global.u64 sign, [$1 + 8];
+        @waits setp.ne.u64 waits, sign, 0x8f1d3c5ae9b47260;
+        vote.sync.any.pred waits, waits, -1;
+        @waits bra.uni WAIT;
+        @mine atom.global.add.u32 $0, [$1], 1;
+        }""",
+        "=&r,l,r,r,r", [counter.to(gl.int64), none, more.to(gl.int32), first.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def claimed_of(counter, claim, jobs):
+    """Like :func:`_claimed`; whose claim is the last takes away the sign that :func:`enter` has put."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred last; .reg .u32 x;
+        mov.u32 x, %laneid; setp.eq.u32 last, x, 0; sub.u32 x, $3, 1; setp.eq.and.u32 last, $2, x, last;
+        @last st.global.u64 [$1 + 8], 0;
+        shfl.sync.idx.b32 $0, $2, 0, 31, -1;
+        }""",
+        "=r,l,r,r", [counter.to(gl.int64), claim, jobs], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -247,7 +308,7 @@ def producer(
     """Take jobs until there are none, and fetch their queries and tiles."""
     (
         desc_q, desc_k, desc_v, desc_pk, desc_pv, row_start, full, partial, indices, order, counter, again,
-        bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs,
+        bias, bits, valid, inv_scale, sk, words, qb, kb, heads, jobs, in_order, programs, alone,
         list_b, list_h, bits_b, bits_h, bias_b, bias_h, k_bits, k_base,
         q, table, head_row, tokens, table_s, q_b, q_h, q_s,
         q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars,
@@ -257,17 +318,18 @@ def producer(
     gather = (q, table, head_row, tokens, table_s, q_b, q_h, q_s)
     LINE: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     PAIR: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    stage, phase, q_phase, careful, head = 0, 0, 1, 0, -1
+    # The phase of the queries, and 2 where jobs are repeated: one register.
+    stage, phase, turn, head = 0, 0, 1, -2
+    enter(counter, alone)
     job, begin, n_full, n = _read_row(
         row_start, full, partial, order, _program(jobs), jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
     )
     _announce(
-        desc_q, q_bufs, info.index(0), q_full, job, n, n_full, careful, qb, kb, heads,
+        desc_q, q_bufs, info.index(0), q_full, job, n, n_full, 0, qb, kb, heads,
         PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
     )  # fmt: skip
     first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)
     one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)
-    claim = 0
     while job != -1:
         i_q, i_h, i_b = split_job(gl.maximum(job, 0), qb, heads)
         ids = indices + begin.to(gl.int64)
@@ -280,7 +342,7 @@ def producer(
                     desc_pk, desc_pv, i_b, i_h, start // 128, 0, extra, k_bufs, v_bufs, extras, bars, stage, phase,
                     True, D, 1, STAGES,
                 )  # fmt: skip
-        number, next_job, next_begin, next_full, next_n = jobs, 0, 0, 0, 0
+        number, claim, next_job, next_begin, next_full, next_n = jobs, 0, 0, 0, 0, 0
         next_one, next_two = kb, kb
         tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
         n_biased = tiles if HAS_VALID else 1
@@ -308,6 +370,8 @@ def producer(
                 # What follows from them is computed here: more is known before the loop than 24 registers hold.
                 last, size = on_the_spot(tiles), on_the_spot(n)
             if t + 1 < tiles:
+                if FETCHED or WINDOWS:
+                    ids = indices + on_the_spot(begin).to(gl.int64)
                 next_one, next_two = _blocks(ids, size, first, t + 1, kb, PARTS)
             stage, phase = _load_tile(
                 desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase,
@@ -318,34 +382,35 @@ def producer(
             # idle. Each of these three reads takes about as long as a tile.
             if t == gl.maximum(last - 5 - EARLY, 0):
                 _wait_for_order()
-                claim = _claim(counter)
+                claim = claim_next(counter, jobs, (turn < 2) & (job >= 0), head == -2)
+                head = gl.maximum(head, -1)
             if t == gl.maximum(last - 3 - EARLY, 0):
-                number = programs + _claimed(claim)
+                number = programs + claimed_of(counter, claim, jobs)
                 next_job, next_begin, next_full, next_n = _read_row(
                     row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
                 )
             # Its queries follow once those of this job have left their buffer.
             if t == gl.maximum(last - 2 - EARLY, gl.minimum(last - 1, STAGES + RELEASE)):
                 for w in gl.static_range(2):
-                    mbarrier.wait(q_empty.index(w), q_phase ^ 1)
-                q_phase ^= 1
+                    mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+                turn ^= 1
                 if FAST:
                     head = _collect(failed, again, head)
                 if job == -2:
                     # The job before has been finished: now it is known what must be repeated.
-                    careful = 1
+                    turn |= 2
                     next_job = -1
-                elif (careful != 0) | (number >= jobs):
+                elif (turn > 1) | (number >= jobs):
                     next_job, next_full, next_n = -2, 0, 0
                 if FAST:  # noqa: SIM102
-                    if (careful != 0) & (head >= 0):
+                    if (turn > 1) & (head >= 0):
                         next_job, next_begin, next_full, next_n = _read_row(
                             row_start, full, partial, order, head, jobs, jobs, qb, heads, list_b, list_h, HAS_PARTIAL
                         )
                         head = gl.load(again + head)
                 _announce(
-                    desc_q, q_bufs, info.index(q_phase ^ 1), q_full, next_job, next_n, next_full, careful, qb, kb, heads,
-                    PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
+                    desc_q, q_bufs, info.index((turn & 1) ^ 1), q_full, next_job, next_n, next_full, turn >> 1, qb, kb,
+                    heads, PARTS, EVEN_K, HAS_POOLED, HAS_VALID, WINDOWS, gather, D, DIM, GATHER, FETCHED,
                 )  # fmt: skip
         job, begin, n_full, n = next_job, next_begin, next_full, next_n
         first = _first(indices, begin, n_full, n, kb, EVEN_K, HAS_PARTIAL)

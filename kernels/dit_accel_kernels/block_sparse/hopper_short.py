@@ -68,7 +68,7 @@ def _first_tile(q_op, k_bufs, extras, bars, stage, phase, scale2, masked, S_LAYO
 @gluon.jit
 def _jobs(
     args, told, job, q_op, acc, stage, phase, slot, i_w: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LSE: gl.constexpr, FAST: gl.constexpr,
+    HAS_LSE: gl.constexpr, EVEN_K: gl.constexpr, FAST: gl.constexpr,
 ):  # fmt: skip
     """All jobs in a row that are not to be repeated, or all that are."""
     (
@@ -82,7 +82,7 @@ def _jobs(
     q_buf = q_bufs.index(i_w)
     q_tile = q_buf.reshape([64, D])
     while job >= 0:
-        n, masked = _number(told, 2), _number(told, 7)
+        masked = _number(told, 7) if EVEN_K else 1
         if i_w == 1:
             mbarrier.wait(behind, slot)
         p, row_max, shares = _first_tile(q_op, k_bufs, extras, bars, stage, phase, scale2, masked, S_LAYOUT, D)
@@ -93,6 +93,8 @@ def _jobs(
             mbarrier.arrive(behind, count=1)
         mbarrier.arrive(bars[2].index(stage), count=1)
         mbarrier.arrive(q_empty.index(i_w), count=1)
+        # Read again: in registers over the first tile it is one too many.
+        n = _number(info.index(slot).load(LINE), 2)
         if FAST:
             # No key of this tile counts for the row: the weights of the others are relative to 0.
             row_max = gl.where(row_max == -1.0e30, 0.0, row_max)
@@ -141,7 +143,7 @@ def _jobs(
 
 @gluon.jit
 def _consumer(
-    args, i_w: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LSE: gl.constexpr
+    args, i_w: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_LSE: gl.constexpr, EVEN_K: gl.constexpr
 ):  # fmt: skip
     q_bufs, info, q_full = args[5], args[9], args[11]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -152,18 +154,18 @@ def _consumer(
     acc = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
     none = _number(told, 0) * 0
     told, q_op, acc, stage, phase, slot = _jobs(
-        args, told, _number(told, 0), q_op, acc, none, none, none, i_w, D, STAGES, HAS_LSE, True
+        args, told, _number(told, 0), q_op, acc, none, none, none, i_w, D, STAGES, HAS_LSE, EVEN_K, True
     )  # fmt: skip
-    _jobs(args, told, _number(told, 0), q_op, acc, stage, phase, slot, i_w, D, STAGES, HAS_LSE, False)
+    _jobs(args, told, _number(told, 0), q_op, acc, stage, phase, slot, i_w, D, STAGES, HAS_LSE, EVEN_K, False)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize_on_alignment=["lse", "order", "counter", "again"], do_not_specialize=[
-    "sk", "qb", "kb", "heads", "jobs", "in_order", "programs", "table_s", "list_b", "list_h",
+    "sk", "qb", "kb", "heads", "jobs", "in_order", "programs", "alone", "table_s", "list_b", "list_h",
 ])  # fmt: skip
 def block_sparse_short_kernel(
     desc_q, desc_k, desc_v, desc_o, lse, row_start, full, partial, indices, order, counter, again, scale2, sk, qb, kb,
-    heads, jobs, in_order, programs, table_s: int64, list_b, list_h,
+    heads, jobs, in_order, programs, alone, table_s: int64, list_b, list_h,
     D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr, HAS_PARTIAL: gl.constexpr,
     HAS_LSE: gl.constexpr, CLAIM: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -199,12 +201,12 @@ def block_sparse_short_kernel(
     consumer_args = (desc_o, lse, scale2, heads, table_s) + shared + (behind, checked)  # noqa: RUF005
     producer_args = (  # noqa: RUF005
         desc_q, desc_k, desc_v, row_start, full, partial, indices, order, counter, again, sk, qb, kb, heads, jobs,
-        in_order, programs, list_b, list_h,
+        in_order, programs, alone, list_b, list_h,
     ) + shared + (checked,)  # fmt: skip
     gl.warp_specialize(
         [
-            (_consumer, (consumer_args, 0, D, STAGES, HAS_LSE)),
-            (_consumer, (consumer_args, 1, D, STAGES, HAS_LSE)),
+            (_consumer, (consumer_args, 0, D, STAGES, HAS_LSE, EVEN_K)),
+            (_consumer, (consumer_args, 1, D, STAGES, HAS_LSE, EVEN_K)),
             (producer, (producer_args, D, BLOCK_K, STAGES, EVEN_K, HAS_PARTIAL, CLAIM)),
         ],
         [4, 1],

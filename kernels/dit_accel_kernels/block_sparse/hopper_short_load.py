@@ -11,16 +11,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper_load import (
     _blocks,
-    _claim,
-    _claimed,
     _first,
     _load_tile,
     _program,
     _read_row,
     _wait_for_order,
+    claim_next,
+    claimed_of,
     describe,
+    enter,
 )
-from .hopper_steps import split_job
+from .hopper_steps import on_the_spot, split_job
 
 __all__ = ["producer"]
 
@@ -64,12 +65,13 @@ def producer(
     """Take jobs until there are none, and fetch their queries and tiles."""
     (
         desc_q, desc_k, desc_v, row_start, full, partial, indices, order, counter, again, sk, qb, kb, heads, jobs,
-        in_order, programs, list_b, list_h,
+        in_order, programs, alone, list_b, list_h,
         q_bufs, k_bufs, v_bufs, extras, info, failed, q_full, q_empty, bars, checked,
     ) = args  # fmt: skip
     PARTS: gl.constexpr = 128 // BLOCK_K
     LINE: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    stage, phase, q_phase, careful, head, claim, before = 0, 0, 0, 0, -1, 0, 0
+    stage, phase, q_phase, careful, head, before = 0, 0, 0, 0, -1, 0
+    enter(counter, alone)
     number = _program(jobs)
     job, begin, n_full, n = _read_row(
         row_start, full, partial, order, number, jobs, in_order, qb, heads, list_b, list_h, HAS_PARTIAL
@@ -79,9 +81,8 @@ def producer(
     one, two = _blocks(indices + begin.to(gl.int64), n, first, 0, kb, PARTS)
     while job >= 0:
         _, i_h, i_b = split_job(job, qb, heads)
-        ids = indices + begin.to(gl.int64)
-        next_job, next_begin, next_full, next_n, next_first = job, begin, n_full, n, first
-        next_one, next_two, far_one, far_two = one, two, one, two
+        next_job, next_begin, next_full, next_n, next_first = 0, 0, 0, 0, 0
+        next_one, next_two, far_one, far_two, claim = kb, kb, kb, kb, 0
         tiles = gl.maximum((n + (PARTS - 1)) // PARTS, 1)
         for t in range(tiles):
             extra = gl.full([128], 0.0, gl.float32, layout=LINE)
@@ -90,6 +91,7 @@ def producer(
                 token = o_k % BLOCK_K + BLOCK_K * gl.where(o_k < BLOCK_K, one, two)
                 extra = gl.where(token < sk, 0.0, float("-inf"))
             if t + 1 < tiles:
+                ids = indices + on_the_spot(begin).to(gl.int64)
                 next_one, next_two = _blocks(ids, n, first, t + 1, kb, PARTS)
             stage, phase = _load_tile(
                 desc_k, desc_v, i_b, i_h, one, two, extra, k_bufs, v_bufs, extras, bars, stage, phase,
@@ -99,9 +101,9 @@ def producer(
             # The next job, its row, its first block: each is asked for a tile after the one that says where it is.
             if CLAIM and t == gl.maximum(tiles - 4, 0):
                 _wait_for_order()
-                claim = _claim(counter)
+                claim = claim_next(counter, jobs, careful == 0, job < programs)
             if t == gl.maximum(tiles - 3, 0):
-                number = programs + (_claimed(claim) if CLAIM else number)
+                number = programs + (claimed_of(counter, claim, jobs) if CLAIM else number)
                 at, until = number, in_order
                 if careful != 0:
                     at, until = gl.where(head < 0, jobs, head), jobs
@@ -112,7 +114,8 @@ def producer(
                     next_job = -1 - (careful == 0).to(gl.int32)  # type: ignore[attr-defined]
             if t == gl.maximum(tiles - 2, 0):
                 next_first = _first(indices, next_begin, next_full, next_n, kb, EVEN_K, HAS_PARTIAL)
-                far_one, far_two = _blocks(indices + next_begin.to(gl.int64), next_n, next_first, 0, kb, PARTS)
+                far = indices + next_begin.to(gl.int64)  # type: ignore[attr-defined]
+                far_one, far_two = _blocks(far, next_n, next_first, 0, kb, PARTS)
                 if next_job != -2:
                     for w in gl.static_range(2):
                         mbarrier.wait(q_empty.index(w), q_phase)

@@ -34,4 +34,4 @@ def _short_spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, fla
     spec = _spec(kernel, label, dim, block_k, dtype, {"CLAIM": True} | flags)
     values = {name: x for name, x in spec.constexprs.items() if name in spec.signature}
     name = spec.name.replace("block_sparse_hopper", "block_sparse_hopper_short", 1)
-    return replace(spec, name=name, constexprs=values, max_spill_bytes=24)
+    return replace(spec, name=name, constexprs=values, max_spill_bytes=8)

@@ -70,12 +70,13 @@ def tile_layout() -> str:
 
 
 # What a thread may spill, kept over the loops and used once a query block; the loops spill nothing (test_hopper_aot).
-# Mostly the producer, which has 24 registers and asks for the queries of an order, and the bounds of windows.
-_SPILLS = {"HAS_POOLED": 8, "GATHER": 56, "HAS_WINDOWS": 40}
+# With an order the producer, which has 24 registers, asks for queries; with windows it also packs their codes.
+_SPILLS = {"GATHER": 8, "HAS_WINDOWS": 16}
 _POINTERS = {
     **dict.fromkeys(("row_start", "full", "indices", "order", "counter", "again"), "*i32"),
     "lse": "*fp32",
 }
+_SHORT = ("sk", "words", "qb", "kb", "heads", "jobs", "in_order", "programs", "alone")
 _UNALIGNED = ("table", "lse", "valid", "order", "again")
 _OPTIONAL = {
     "HAS_PARTIAL": {"partial": "*i32"},
@@ -155,7 +156,7 @@ def _spec(kernel: Any, label: str, dim: int, block_k: int, dtype: str, flags: di
             signature[name] = "fp32"
         elif name in ("table_s", "q_b", "q_h", "q_s", "out_b", "out_h", "out_s"):
             signature[name] = "i64"
-        elif name in ("sk", "words", "qb", "kb", "heads", "jobs", "in_order", "programs") or name[-2:] in ("_b", "_h"):
+        elif name in _SHORT or name[-2:] in ("_b", "_h"):
             signature[name] = "i32"
         else:
             signature[name], values[name] = "constexpr", None

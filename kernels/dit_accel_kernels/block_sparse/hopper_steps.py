@@ -271,6 +271,12 @@ def gather_rows(x, table, x_s, table_s, start, q_tile, D: gl.constexpr, DIM: gl.
 
 
 @gluon.jit
+def _end(table_s, start):
+    """Behind the last of 64 rows from ``start`` on that there is."""
+    return start + gl.minimum(table_s - start, 64).to(gl.int32)
+
+
+@gluon.jit
 def finish(
     acc, inverse, q_buf, desc_o, out, table, table_s, i_q, i_h, i_b, out_b, out_h, out_s, i_w,
     D: gl.constexpr, DIM: gl.constexpr, GATHER: gl.constexpr, ROWS: gl.constexpr,
@@ -282,16 +288,16 @@ def finish(
     q_tile = q_buf.reshape([64, D])
     inverse = gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))
     start = i_q * 128 + i_w * 64
-    # Compared (as int64) again: what is kept over the loops costs registers.
     q_tile.store((acc * gl.expand_dims(inverse, 1)).to(q_tile.dtype))
     if GATHER:
         gl.thread_barrier()
         o_m = start + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
         o_d = gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))
-        there = gl.expand_dims(o_m.to(gl.int64) < table_s, 1)
+        here = o_m < _end(table_s, start)
+        there = gl.expand_dims(here, 1)
         if DIM < D:
             there = there & gl.expand_dims(o_d < DIM, 0)
-        token = gl.load(table + o_m, mask=o_m.to(gl.int64) < table_s, other=0).to(gl.int64)
+        token = gl.load(table + o_m, mask=here, other=0).to(gl.int64)
         p_out = out + i_b.to(gl.int64) * eight(out_b) + i_h.to(gl.int64) * eight(out_h)
         p_out = p_out + gl.expand_dims(token * eight(out_s), 1) + gl.expand_dims(o_d, 0)
         gl.store(p_out, q_tile.load(ROWS), mask=there)
@@ -338,8 +344,8 @@ def put_lse(row_max, row_sum, lse, table, table_s, start, there, GATHER: gl.cons
     empty = row_sum == 0.0
     o_m = start + gl.arange(0, 64, layout=row_sum.type.layout)
     log = row_max + _approximate("lg2", gl.where(empty, 1.0, row_sum))
-    there = (o_m.to(gl.int64) < table_s) & there
-    token = o_m.to(gl.int64)
+    there = (o_m < _end(table_s, start)) & there
+    token = o_m
     if GATHER:
         token = gl.load(table + o_m, mask=there, other=0).to(gl.int64)
     gl.store(lse + token, gl.where(empty, float("-inf"), log * 0.6931471805599453), mask=there)

@@ -16,6 +16,7 @@ __all__ = ["AOT_SPECS", "keep_best_triton", "unkept_energy_triton"]
 _SPAN = 1024  # entries of a row that are handled together
 _ALONE = 65536  # entries of a group up to which one program counts them; more are counted by many, a launch a digit
 _PART = 4096  # entries that one of these looks at together
+_PARTS = 2048  # at least as many as there are of these in a group: at most half as many again as 1024
 
 
 @triton.jit
@@ -100,15 +101,35 @@ def histogram_kernel(
     tl.atomic_add(HISTOGRAMS + DIGIT * 256 + bins, found, mask=found > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["size", "count", "width"])
+@triton.jit(do_not_specialize=["size", "count", "width", "share"])
+def ties_kernel(X, COLS, HISTOGRAMS, TIES, size, count, width, share, CHUNK: tl.constexpr, HAS_COLS: tl.constexpr):
+    """One program: how many of ``share`` entries equal the ``count``-th largest of their group, if not all of them fit."""
+    i_group = tl.program_id(1).to(tl.int64)
+    bins = tl.arange(0, 256)
+    rank, left, equal = 0, count, 0
+    for digit in tl.static_range(4):
+        histogram = tl.load(HISTOGRAMS + i_group * 1024 + digit * 256 + bins)
+        rank, left, equal = _next_digit(histogram, rank, left, digit == 0)
+    if equal > left:
+        first = tl.program_id(0) * share
+        ties = 0
+        for start in range(first, tl.minimum(first + share, size), CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            hit = at < tl.minimum(first + share, size)
+            b_x = _cleaned(X, COLS, i_group * size + at, hit, width, HAS_COLS)
+            ties += tl.sum((hit & (_ranked(b_x) == rank)).to(tl.int32), 0)
+        tl.store(TIES + i_group * tl.num_programs(0) + tl.program_id(0), ties)
+
+
+@triton.jit(do_not_specialize=["size", "count", "width", "share"])
 def border_kernel(
-    X, COLS, HISTOGRAMS, BORDER, CUT, ENERGY, size, count, width,
-    CHUNK: tl.constexpr, HAS_COLS: tl.constexpr, WANT_ENERGY: tl.constexpr, COUNTED: tl.constexpr,
+    X, COLS, HISTOGRAMS, TIES, BORDER, CUT, ENERGY, size, count, width, share,
+    CHUNK: tl.constexpr, HAS_COLS: tl.constexpr, WANT_ENERGY: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: the ``count``-th largest of one group, and up to where those equal to it are kept.
 
-    With COUNTED the histograms of all digits are there. With WANT_ENERGY it writes the sum of the squares of what is not
-    kept instead.
+    With COUNTED the histograms of all digits are there, and how many of each ``share`` entries are equal to it, of at most
+    PARTS. With WANT_ENERGY it writes the sum of the squares of what is not kept instead.
     """
     i_group = tl.program_id(0).to(tl.int64)
     base = i_group * size
@@ -133,10 +154,20 @@ def border_kernel(
         if equal > left:
             cut = 0
             seen = 0
-            for start in range(0, size, CHUNK):
+            first = 0
+            last = size
+            if COUNTED:
+                part = tl.arange(0, PARTS)
+                parts = (size + share - 1) // share
+                b_ties = tl.load(TIES + i_group * parts + part, mask=part < parts, other=0)
+                before = tl.cumsum(b_ties, 0) < left
+                seen = tl.sum(tl.where(before, b_ties, 0), 0)
+                first = tl.sum((before & (part < parts)).to(tl.int32), 0) * share
+                last = tl.minimum(first + share, size)
+            for start in range(first, last, CHUNK):
                 at = start + tl.arange(0, CHUNK)
-                b_x = _cleaned(X, COLS, base + at, at < size, width, HAS_COLS)
-                same = ((at < size) & (_ranked(b_x) == rank)).to(tl.int32)
+                b_x = _cleaned(X, COLS, base + at, at < last, width, HAS_COLS)
+                same = ((at < last) & (_ranked(b_x) == rank)).to(tl.int32)
                 place = seen + tl.cumsum(same, 0)
                 cut = tl.maximum(cut, tl.max(tl.where((same != 0) & (place <= left), at + 1, 0), 0))
                 seen += tl.sum(same, 0)
@@ -196,21 +227,27 @@ def keep_best_triton(scores: Tensor, count: int, by_head: bool, rows: Tensor | N
     groups = batch * heads * (1 if by_head else height)
     border = torch.empty(2, groups, dtype=torch.int32, device=scores.device)
     many = size > _ALONE
+    share = _PART * max(2, size * groups // (_PART * 1024))
+    parts = blocks(size, share)
+    ties = border.new_empty(groups, parts) if many else border
     histograms = torch.zeros(groups, 4, 256, dtype=torch.int32, device=scores.device) if many else border
     out = torch.empty_like(scores, dtype=torch.uint8)
     row_flags, col_flags = _flags(rows, scores), _flags(cols, scores)
     chunk, warps = _chunk(size)
     with torch.cuda.device_of(scores):
         if many:
-            share = _PART * max(2, size * groups // (_PART * 1024))
             for digit in range(4):
-                launch(histogram_kernel, (blocks(size, share), groups))(
+                launch(histogram_kernel, (parts, groups))(
                     scores, col_flags, histograms, size, count, width, share,
                     DIGIT=digit, CHUNK=_PART, HAS_COLS=cols is not None, num_warps=8,
                 )  # fmt: skip
+            launch(ties_kernel, (parts, groups))(
+                scores, col_flags, histograms, ties, size, count, width, share,
+                CHUNK=_PART, HAS_COLS=cols is not None, num_warps=8,
+            )  # fmt: skip
         launch(border_kernel, (groups,))(
-            scores, col_flags, histograms, border[0], border[1], scores, size, count, width,
-            CHUNK=chunk, HAS_COLS=cols is not None, WANT_ENERGY=False, COUNTED=many, num_warps=warps,
+            scores, col_flags, histograms, ties, border[0], border[1], scores, size, count, width, share,
+            CHUNK=chunk, HAS_COLS=cols is not None, WANT_ENERGY=False, COUNTED=many, PARTS=_PARTS, num_warps=warps,
         )  # fmt: skip
         launch(keep_kernel, (batch * heads * height,))(
             scores, row_flags, col_flags, border[0], border[1], out, height, width,
@@ -226,15 +263,15 @@ def unkept_energy_triton(scores: Tensor, count: int) -> Tensor:
     chunk, warps = _chunk(size)
     with torch.cuda.device_of(scores):
         launch(border_kernel, (energy.numel(),))(
-            scores, scores, energy, energy, energy, energy, size, count, size,
-            CHUNK=chunk, HAS_COLS=False, WANT_ENERGY=True, COUNTED=False, num_warps=warps,
+            scores, scores, energy, energy, energy, energy, energy, size, count, size, size,
+            CHUNK=chunk, HAS_COLS=False, WANT_ENERGY=True, COUNTED=False, PARTS=_PARTS, num_warps=warps,
         )  # fmt: skip
     return energy
 
 
 def _spec(fn: object, name: str, constants: dict[str, int], warps: int) -> AotSpec:
     types = {"X": "*fp32", "ENERGY": "*fp32", "OUT": "*u8", "ROWS": "*u8", "COLS": "*u8"}
-    types |= {"BORDER": "*i32", "CUT": "*i32", "HISTOGRAMS": "*i32"}
+    types |= dict.fromkeys(("BORDER", "CUT", "HISTOGRAMS", "TIES"), "*i32")
     names = fn.arg_names  # type: ignore[attr-defined]
     return AotSpec(
         name=name,
@@ -247,12 +284,13 @@ def _spec(fn: object, name: str, constants: dict[str, int], warps: int) -> AotSp
     )
 
 
-_ALL = {"HAS_COLS": True, "WANT_ENERGY": False, "COUNTED": False}
+_ALL = {"HAS_COLS": True, "WANT_ENERGY": False, "COUNTED": False, "PARTS": _PARTS}
 AOT_SPECS = [
     _spec(border_kernel, "border/8192", {"CHUNK": 8192, **_ALL}, 16),
     _spec(border_kernel, "border/8192/counted", {"CHUNK": 8192, **_ALL, "COUNTED": True}, 16),
     _spec(border_kernel, "border/512/energy", {"CHUNK": 512, **_ALL, "WANT_ENERGY": True}, 2),
     _spec(histogram_kernel, "histogram/4096/first", {"DIGIT": 0, "CHUNK": 4096, "HAS_COLS": False}, 8),
     _spec(histogram_kernel, "histogram/4096/last", {"DIGIT": 3, "CHUNK": 4096, "HAS_COLS": True}, 8),
+    _spec(ties_kernel, "ties/4096", {"CHUNK": 4096, "HAS_COLS": True}, 8),
     _spec(keep_kernel, "keep/1024", {"SPAN": 1024, "BY_HEAD": True, "HAS_ROWS": True, "HAS_COLS": True}, 4),
 ]

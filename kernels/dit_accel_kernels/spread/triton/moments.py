@@ -165,9 +165,10 @@ def moments_kernel(
         step = tl.cast(orders, tl.int64) * batch * heads * q_count * DIM
         if SOME:
             i_row = tl.load(AT + i_row).to(tl.int32)
-        p_table = _table(Q_TABLE, Q_HEAD, i_c, i_h, heads, q_tokens, BY_HEAD)
+        # Another name: without an order the table is of another type.
+        p_q_table = _table(Q_TABLE, Q_HEAD, i_c, i_h, heads, q_tokens, BY_HEAD)
         b_mean, b_variance, size = _moments(
-            Q + i_b * q_stride_b + i_h * q_stride_h, p_table, VALID, i_row, q_tokens, q_stride_s, channel,
+            Q + i_b * q_stride_b + i_h * q_stride_h, p_q_table, VALID, i_row, q_tokens, q_stride_s, channel,
             BLOCK_Q, DIM, STEP_Q, Q_ORDER, False,
         )  # fmt: skip
         _store_split(QUERY + at * DIM, b_mean, channel, step, DIM)
