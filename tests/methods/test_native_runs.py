@@ -26,6 +26,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
 STEPS = 9
 
 
+@pytest.fixture(autouse=True)
+def _kernels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """inductor takes the fastest form of a kernel, and remembers it for all: another process may have timed another one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+
 class Counts:
     """Settled calls by who made them."""
 
