@@ -18,7 +18,8 @@ __all__ = ["BlockLists", "GatheredKeys", "Pooled", "TokenOrder", "TokenWindows"]
 class BlockLists:
     """Key blocks that each query block visits, as compressed rows.
 
-    The batch and head dimensions may have size 1; they are then shared by all batch elements or heads.
+    The batch and head dimensions may have size 1; they are then shared by all batch elements or heads. Rows may be the same
+    for several heads, but must not overlap otherwise.
 
     Attributes:
         row_start: int32 ``[B|1, H|1, Qb]``, offset of the first entry of the row in ``indices``.
