@@ -53,19 +53,28 @@ GPU that it needs was not.
 TAIL = """## What the host pays
 
 Where a layer is sparse, the host looks up its plan and launches kernels. The first call of a layout takes all of the
-kernels' Python; later ones make its launches again with other addresses, and where the schedule has nothing new to say they
-do so first of all ([design](design.md#launches-made-again)). On the host of an H200 a call of `auto` took 49 microseconds
-instead of 766, its eight launches by the driver (31), torch's allocations (4) and the dispatch of diffusers (2) included:
-12 are ours. `adaspa` took 25 instead of 260, of which 11 are ours (`benchmarks/host_overhead.py`, which needs no GPU;
-record: `benchmarks/results/host_overhead.json`). With a mask of keys torch computes what follows from the mask besides.
-For compensations that torch computes (`pisa`, `rectified` and the like) every call goes the long way.
+kernels' Python; later ones make its launches again with other addresses. Where the schedule has nothing new to say, a piece
+of C does that, and none of our Python runs, in eager mode as in a compiled graph ([design](design.md#launches-made-again)).
+On the host of an H200 a call of `auto` takes 30 microseconds instead of 741, its 7 launches, torch's allocations
+(5) and the dispatch of diffusers (2) included; one by one through Triton's launchers these launches take 32.
+`adaspa`, one launch, takes 10 instead of 216. What can change between steps is asked when a forward call of the
+transformer begins, 1.7 microseconds a layer (`benchmarks/host_overhead.py`, which needs no GPU; record:
+`benchmarks/results/host_overhead.json`).
 
-A compiled graph holds one operator for each attention call: the processor and the dispatch are traced away, and the body of
-the operator stays. In a compiled region with nothing else it took 42 microseconds (`auto`) and 32 (`adaspa`) beyond its
-launches and an operator that only allocates its output, with the processor's caches full of other things. It runs ahead of
-the GPU ([whole steps](e2e.md#what-the-host-does-meanwhile)). `mode="reduce-overhead"` leaves the operator between its
-CUDA graphs, since what it does differs from step to step. A CUDA graph that you capture and replay yourself runs no Python
-of ours at all, and so repeats the plan of the step that was captured.
+Our Python still runs in planning steps and in the first call of a new plan; with a mask of keys, where torch computes
+what follows from it; for heads that are spread over GPUs, for attention called with heads before tokens (CogVideoX),
+with `cross_attention="cached"`, with compensations that torch computes (`pisa`, `rectified` and the like: every call
+goes the long way), and where the C cannot be built or fails its test, which `dit-accel env` says. A repeated call
+then takes 46 (`auto`) and 18 (`adaspa`) microseconds.
+
+A compiled graph holds one operator for each attention call: the processor and the dispatch are traced away, and the
+body of the operator stays. In a compiled region with nothing else, beyond its launches and an operator whose Python
+only allocates its output, it took 32 microseconds (`auto`) and 28 (`adaspa`) with its body in Python. In C it took -1
+and 5 in the same run, with the processor's caches full of other things; what is left is C and torch's memory for what
+stands between kernels. The host runs ahead of the GPU ([whole steps](e2e.md#what-the-host-does-meanwhile)).
+`mode="reduce-overhead"` leaves the operator between its CUDA graphs, since what it does differs from step to step. A
+CUDA graph that you capture and replay yourself runs no Python of ours at all, and so repeats the plan of the step
+that was captured.
 
 ## More about threads
 
